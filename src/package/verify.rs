@@ -1,0 +1,374 @@
+//! Whether a manifest and its files are what they claim to be.
+
+use std::{
+    collections::BTreeSet,
+    fmt::Write as _,
+    fs::{self, File},
+    io::{self, Read},
+    path::{Component as PathPart, Path, PathBuf},
+};
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use super::manifest::{
+    DType, DecoderGraphSpec, Dim, EmbeddingSpec, FORMAT, FileInfo, GraphSpec, KvForm, Manifest, TensorSpec,
+};
+use crate::error::{Error, Result};
+
+/// Files of up to this many bytes are hashed whenever a package is opened.
+pub(super) const HASHED_AT_OPEN: u64 = 64 << 20;
+
+/// The largest side of an image that an encoder may take, in pixels.
+const LARGEST_IMAGE: u32 = 8192;
+
+/// Reads a manifest: the format number first, then every field, none unknown.
+pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Manifest> {
+    #[derive(Deserialize)]
+    struct Head {
+        format: serde_json::Value,
+    }
+    let head: Head = serde_json::from_slice(bytes)
+        .map_err(|e| Error::package(path, format!("this is not a manifest ({e}); export again")))?;
+    if head.format.as_u64() != Some(u64::from(FORMAT)) {
+        return Err(Error::package(
+            path,
+            format!(
+                "format {} is not known to this version, which reads format {FORMAT}; \
+                 export again or update llava-phi",
+                head.format
+            ),
+        ));
+    }
+    serde_json::from_slice(bytes).map_err(|e| Error::package(path, format!("{e}; export again")))
+}
+
+/// Checks everything that can be checked without opening a file.
+pub(super) fn arithmetic(path: &Path, manifest: &Manifest) -> Result<()> {
+    let mut faults = Faults::default();
+    names(&mut faults, manifest);
+    sizes(&mut faults, manifest);
+    graphs(&mut faults, manifest);
+    match faults.0.into_iter().next() {
+        Some(fault) => Err(Error::package(path, format!("{fault}; export again"))),
+        None => Ok(()),
+    }
+}
+
+#[derive(Default)]
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn check(&mut self, holds: bool, otherwise: impl FnOnce() -> String) {
+        if !holds {
+            self.0.push(otherwise());
+        }
+    }
+}
+
+fn names(faults: &mut Faults, manifest: &Manifest) {
+    for name in manifest.files.keys() {
+        faults.check(is_plain(name), || format!("file {name:?} is not a relative path inside the package"));
+    }
+    for (name, info) in &manifest.files {
+        let is_hash = info.sha256.len() == 64 && info.sha256.bytes().all(|byte| byte.is_ascii_hexdigit());
+        faults.check(is_hash, || format!("file {name:?} has {:?} for a SHA-256", info.sha256));
+    }
+    let listed = |name: &String| manifest.files.contains_key(name);
+    for (what, name) in
+        [("tokenizer", &manifest.text.tokenizer), ("embedding table", &manifest.embedding.file)]
+    {
+        faults.check(listed(name), || format!("the {what} {name:?} is not among the files"));
+    }
+    for (variant, graph) in variant_graphs(manifest) {
+        for name in std::iter::once(&graph.path).chain(&graph.data) {
+            faults.check(listed(name), || format!("variant {variant}: {name:?} is not among the files"));
+        }
+        let directory = Path::new(&graph.path).parent();
+        for name in &graph.data {
+            faults.check(Path::new(name).parent() == directory, || {
+                format!("variant {variant}: {name:?} does not lie beside {:?}", graph.path)
+            });
+        }
+    }
+    let served = [
+        ("vision_encoder", &manifest.serve.vision_encoder),
+        ("projector", &manifest.serve.projector),
+        ("decoder", &manifest.serve.decoder),
+    ];
+    for (component, choices) in served {
+        faults.check(!choices.is_empty(), || format!("nothing serves the {component}"));
+        for choice in choices {
+            let variant = manifest.variants.get(&choice.variant);
+            let has = variant.is_some_and(|variant| match component {
+                "vision_encoder" => variant.vision_encoder.is_some(),
+                "projector" => variant.projector.is_some(),
+                _ => variant.decoder.is_some(),
+            });
+            faults
+                .check(has, || format!("variant {:?} has no {component} but is to serve it", choice.variant));
+        }
+    }
+}
+
+fn variant_graphs(manifest: &Manifest) -> impl Iterator<Item = (&String, &GraphSpec)> {
+    manifest.variants.iter().flat_map(|(name, variant)| {
+        let decoder = variant.decoder.as_ref().map(|decoder| &decoder.graph);
+        [variant.vision_encoder.as_ref(), variant.projector.as_ref(), decoder]
+            .into_iter()
+            .flatten()
+            .map(move |graph| (name, graph))
+    })
+}
+
+fn sizes(faults: &mut Faults, manifest: &Manifest) {
+    let Manifest { image, text, vision, embedding, decoder, .. } = manifest;
+    for (what, value) in [
+        ("image.size", image.size as usize),
+        ("text.vocabulary", text.vocabulary),
+        ("vision.tokens_per_image", vision.tokens_per_image),
+        ("vision.hidden", vision.hidden),
+        ("embedding.rows", embedding.rows),
+        ("decoder.layers", decoder.layers),
+        ("decoder.kv_heads", decoder.kv_heads),
+        ("decoder.head_dim", decoder.head_dim),
+        ("decoder.hidden", decoder.hidden),
+        ("decoder.context", decoder.context),
+    ] {
+        faults.check(value > 0, || format!("{what} is 0"));
+        faults.check(u32::try_from(value).is_ok(), || format!("{what} is {value}, beyond any model"));
+    }
+    // Memory for one image grows with the square of its size.
+    faults.check(image.size <= LARGEST_IMAGE, || {
+        format!("image.size is {}, beyond the {LARGEST_IMAGE} that this version reads", image.size)
+    });
+    faults.check(image.rescale.is_finite() && image.rescale > 0.0, || {
+        format!("image.rescale is {}", image.rescale)
+    });
+    for channel in 0..3 {
+        let (mean, std) = (image.mean[channel], image.std[channel]);
+        faults.check(mean.is_finite() && std.is_finite() && std > 0.0, || {
+            format!("image.mean and image.std of channel {channel} are {mean} and {std}")
+        });
+    }
+    faults.check(embedding.columns == decoder.hidden, || {
+        format!("embedding.columns is {} and decoder.hidden is {}", embedding.columns, decoder.hidden)
+    });
+    faults.check(matches!(embedding.dtype, DType::F16 | DType::F32), || {
+        format!("embedding.dtype is {:?}, which is neither f16 nor f32", embedding.dtype)
+    });
+    let table = table_bytes(embedding);
+    let recorded = manifest.files.get(&embedding.file).map_or(0, |info| info.bytes);
+    faults.check(table == Some(recorded), || {
+        format!(
+            "{} has {recorded} bytes, but {} rows of {} numbers take {}",
+            embedding.file,
+            embedding.rows,
+            embedding.columns,
+            table.map_or_else(|| "more than can be counted".to_owned(), |n| n.to_string())
+        )
+    });
+    faults.check(text.vocabulary <= embedding.rows, || {
+        format!("text.vocabulary is {} and embedding.rows is {}", text.vocabulary, embedding.rows)
+    });
+    faults.check(text.vocabulary <= decoder.logits_width, || {
+        format!("text.vocabulary is {} and decoder.logits_width is {}", text.vocabulary, decoder.logits_width)
+    });
+    faults.check(!text.eos.is_empty(), || "text.eos is empty, so that no answer would end".to_owned());
+    for id in text.eos.iter().chain([&text.template.after_answer]) {
+        faults.check((*id as usize) < embedding.rows, || {
+            format!("token {id} has no row in an embedding table of {}", embedding.rows)
+        });
+    }
+}
+
+/// Bytes of the embedding table, unless they overflow.
+fn table_bytes(embedding: &EmbeddingSpec) -> Option<u64> {
+    let numbers = embedding.rows.checked_mul(embedding.columns)?;
+    u64::try_from(numbers.checked_mul(embedding.dtype.bytes())?).ok()
+}
+
+fn graphs(faults: &mut Faults, manifest: &Manifest) {
+    let fixed = Dim::Fixed;
+    let named = |name: &str| Dim::Named(name.to_owned());
+    let Manifest { image, vision, decoder, .. } = manifest;
+    let size = image.size as usize;
+    for (name, variant) in &manifest.variants {
+        if let Some(graph) = &variant.vision_encoder {
+            let mut graph = Signature::new(faults, format!("{name} vision_encoder"), graph);
+            graph.input("pixel_values", DType::F32, &[named("batch"), fixed(3), fixed(size), fixed(size)]);
+            let features = [named("batch"), fixed(vision.tokens_per_image), fixed(vision.hidden)];
+            graph.output("patch_features", DType::F32, &features);
+            graph.finish();
+        }
+        if let Some(graph) = &variant.projector {
+            let mut graph = Signature::new(faults, format!("{name} projector"), graph);
+            let rows = |columns| [named("batch"), named("patches"), fixed(columns)];
+            graph.input("patch_features", DType::F32, &rows(vision.hidden));
+            graph.output("image_embeds", DType::F32, &rows(decoder.hidden));
+            graph.finish();
+        }
+        if let Some(DecoderGraphSpec { graph, kv }) = &variant.decoder {
+            let mut graph = Signature::new(faults, format!("{name} decoder"), graph);
+            let batch = || named("batch");
+            graph.input("inputs_embeds", DType::F32, &[batch(), named("new"), fixed(decoder.hidden)]);
+            graph.input("logits_index", DType::I64, &[batch()]);
+            graph.output("logits", DType::F32, &[batch(), fixed(decoder.logits_width)]);
+            let (past, present) = match kv.form {
+                KvForm::Shared => {
+                    graph.input("seqlens_k", DType::I32, &[batch()]);
+                    graph.input("total_sequence_length", DType::I32, &[]);
+                    ("capacity", "capacity")
+                }
+                KvForm::Concat => {
+                    graph.input("position_ids", DType::I64, &[batch(), named("new")]);
+                    let mask = [batch(), fixed(1), named("new"), named("total")];
+                    graph.input("attention_mask", DType::F32, &mask);
+                    ("past", "total")
+                }
+            };
+            let rows = |length| [batch(), fixed(decoder.kv_heads), named(length), fixed(decoder.head_dim)];
+            // A tampered number could ask for billions of layers; the first that has no input is a fault already.
+            for layer in 0..decoder.layers.min(graph.graph.inputs.len()) {
+                for what in ["key", "value"] {
+                    graph.input(&format!("past_key_values.{layer}.{what}"), kv.dtype, &rows(past));
+                    graph.output(&format!("present.{layer}.{what}"), kv.dtype, &rows(present));
+                }
+            }
+            graph.finish();
+        }
+    }
+}
+
+/// Compares what a graph is said to take and give with what the engine feeds and reads.
+struct Signature<'a> {
+    faults: &'a mut Faults,
+    name: String,
+    graph: &'a GraphSpec,
+    inputs: BTreeSet<String>,
+    outputs: BTreeSet<String>,
+}
+
+impl<'a> Signature<'a> {
+    fn new(faults: &'a mut Faults, name: String, graph: &'a GraphSpec) -> Self {
+        Self { faults, name, graph, inputs: BTreeSet::new(), outputs: BTreeSet::new() }
+    }
+
+    fn input(&mut self, tensor: &str, dtype: DType, shape: &[Dim]) {
+        self.inputs.insert(tensor.to_owned());
+        self.tensor("input", self.graph.inputs.get(tensor), tensor, dtype, shape);
+    }
+
+    fn output(&mut self, tensor: &str, dtype: DType, shape: &[Dim]) {
+        self.outputs.insert(tensor.to_owned());
+        self.tensor("output", self.graph.outputs.get(tensor), tensor, dtype, shape);
+    }
+
+    fn tensor(&mut self, kind: &str, found: Option<&TensorSpec>, tensor: &str, dtype: DType, shape: &[Dim]) {
+        let wanted = TensorSpec { dtype, shape: shape.to_vec() };
+        let Some(found) = found else {
+            self.faults.0.push(format!("{} has no {kind} {tensor}", self.name));
+            return;
+        };
+        let fits = found.dtype == dtype
+            && found.shape.len() == shape.len()
+            && found.shape.iter().zip(shape).all(|(found, wanted)| match (found, wanted) {
+                (Dim::Fixed(found), Dim::Fixed(wanted)) => found == wanted,
+                (Dim::Named(_), Dim::Named(_)) => true,
+                _ => false,
+            });
+        self.faults.check(fits, || {
+            format!("{}: {kind} {tensor} is {found}, and the sizes ask for {wanted}", self.name)
+        });
+    }
+
+    fn finish(self) {
+        let extra =
+            self.graph.inputs.keys().filter(|name| !self.inputs.contains(*name)).map(|n| ("input", n));
+        let extra = extra
+            .chain(self.graph.outputs.keys().filter(|n| !self.outputs.contains(*n)).map(|n| ("output", n)));
+        for (kind, tensor) in extra {
+            self.faults
+                .0
+                .push(format!("{} has an {kind} {tensor} that this version does not know", self.name));
+        }
+    }
+}
+
+/// Whether `name` is a relative path of plain parts, written with `/`.
+fn is_plain(name: &str) -> bool {
+    !name.is_empty()
+        && !name.contains('\\')
+        && Path::new(name).components().all(|part| matches!(part, PathPart::Normal(_)))
+}
+
+/// The file `name` below `root`, which must not lead out of it by a symbolic link.
+pub(super) fn confined(root: &Path, name: &str) -> Result<PathBuf> {
+    let path = root.join(name);
+    let real = fs::canonicalize(&path).map_err(|e| {
+        Error::package(&path, "the file is missing or cannot be reached; copy the package again").because(e)
+    })?;
+    if !real.starts_with(root) {
+        return Err(Error::package(
+            &path,
+            format!("the file leads out of the package, to {}; copy it into the package", real.display()),
+        ));
+    }
+    Ok(real)
+}
+
+/// Checks the size of a file, and its hash when it has at most `hashed_up_to` bytes.
+pub(super) fn file(path: &Path, info: &FileInfo, hashed_up_to: u64) -> Result<()> {
+    let unreadable = |e: io::Error| Error::package(path, "the file cannot be read").because(e);
+    let metadata = fs::metadata(path).map_err(unreadable)?;
+    if !metadata.is_file() {
+        return Err(Error::package(path, "this is not a file; copy the package again"));
+    }
+    size(path, metadata.len(), info)?;
+    if info.bytes > hashed_up_to {
+        return Ok(());
+    }
+    let mut hasher = Sha256::new();
+    let mut source = File::open(path).map_err(unreadable)?;
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match source.read(&mut buffer).map_err(unreadable)? {
+            0 => break,
+            n => hasher.update(&buffer[..n]),
+        }
+    }
+    hash(path, &hasher.finalize(), info)
+}
+
+/// Checks the size and hash of bytes in memory.
+pub(super) fn content(path: &Path, bytes: &[u8], info: &FileInfo) -> Result<()> {
+    size(path, bytes.len() as u64, info)?;
+    hash(path, &Sha256::digest(bytes), info)
+}
+
+fn size(path: &Path, found: u64, info: &FileInfo) -> Result<()> {
+    if found == info.bytes {
+        return Ok(());
+    }
+    Err(Error::package(
+        path,
+        format!("the file has {found} bytes, the manifest says {}; copy the package again", info.bytes),
+    ))
+}
+
+fn hash(path: &Path, found: &[u8], info: &FileInfo) -> Result<()> {
+    let found = found.iter().fold(String::new(), |mut hex, byte| {
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    });
+    if found == info.sha256 {
+        return Ok(());
+    }
+    Err(Error::package(
+        path,
+        format!(
+            "the content is not what was exported (SHA-256 {found}, the manifest says {}); copy the package again",
+            info.sha256
+        ),
+    ))
+}
