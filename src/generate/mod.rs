@@ -1,0 +1,5 @@
+//! One answer.
+
+pub mod params;
+pub mod sampler;
+pub mod sequence;
