@@ -1,0 +1,78 @@
+//! What a request gives back: pieces of text, then a completion.
+
+use std::{ops::ControlFlow, time::Duration};
+
+use serde::Serialize;
+
+use crate::error::Result;
+use crate::generate::sequence::FinishReason;
+use crate::text::TokenId;
+
+/// Takes the events of one request, in order; `Break` stops it.
+pub type Sink = Box<dyn FnMut(Result<Event>) -> ControlFlow<()> + Send>;
+
+/// One thing that happened to a request.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// More of the answer; whole characters.
+    Text(String),
+    /// The answer is complete; nothing follows.
+    Finished(Box<Completion>),
+}
+
+/// A complete answer.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    /// The whole text.
+    pub text: String,
+    /// The tokens of the answer, without the one that ended it.
+    pub token_ids: Vec<TokenId>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// What was read and written.
+    pub usage: Usage,
+    /// How long it took.
+    pub timings: Timings,
+}
+
+/// What a request read and wrote, in positions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    /// Positions of the prompt, those of images included.
+    pub prompt_tokens: usize,
+    /// Positions of images.
+    pub image_tokens: usize,
+    /// Positions of the prompt that had been read before and were not read again.
+    pub cached_tokens: usize,
+    /// Tokens of the answer.
+    pub completion_tokens: usize,
+}
+
+/// How long the steps of a request took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timings {
+    /// Waiting for the engine's thread.
+    pub queue: Duration,
+    /// Encoding and projecting images.
+    pub vision: Duration,
+    /// The decoder reading the prompt.
+    pub prefill: Duration,
+    /// From the first token to the end of the answer.
+    pub decode: Duration,
+}
+
+impl Timings {
+    /// From the start of the work to the first token.
+    pub fn first_token(&self) -> Duration {
+        self.vision + self.prefill
+    }
+
+    /// Tokens a second after the first one, when there are any.
+    pub fn tokens_per_second(&self, completion_tokens: usize) -> Option<f64> {
+        let seconds = self.decode.as_secs_f64();
+        (completion_tokens > 1 && seconds > 0.0).then(|| {
+            let steps = u32::try_from(completion_tokens - 1).unwrap_or(u32::MAX);
+            f64::from(steps) / seconds
+        })
+    }
+}

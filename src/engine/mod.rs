@@ -1,0 +1,252 @@
+//! Many answers: the handle that everybody holds.
+
+pub mod cancel;
+pub mod event;
+pub mod stream;
+mod worker;
+
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use crate::error::{Error, Result};
+use crate::generate::params::GenerateParams;
+use crate::image::{Limits, Preprocessor, decode};
+use crate::model::vision::ImageInput;
+use crate::model::{CausalModel, ComponentReport, LlavaPhi, ModelOptions};
+use crate::package::ModelPackage;
+use crate::package::manifest::{Fit, Manifest, Template};
+use crate::runtime::{LibraryOptions, Runtime};
+use crate::text::{Piece, Prompt, Span, TokenId, Tokenizer};
+use cancel::CancelToken;
+use event::Sink;
+use stream::GenerationStream;
+use worker::Job;
+
+/// How an engine is opened.
+#[derive(Clone, Debug, Default)]
+pub struct EngineOptions {
+    /// Where ONNX Runtime is looked for.
+    pub library: LibraryOptions,
+    /// How the model is loaded.
+    pub model: ModelOptions,
+    /// What an image may take.
+    pub limits: Limits,
+}
+
+/// What the engine and its callers need to know about a model.
+#[derive(Debug)]
+pub struct ModelFacts {
+    /// The package's name.
+    pub name: String,
+    /// Positions that the context holds.
+    pub context: usize,
+    /// Positions that one image takes.
+    pub tokens_per_image: usize,
+    /// Tokens that end an answer.
+    pub eos: Vec<TokenId>,
+    /// How a conversation is laid out.
+    pub template: Template,
+    /// The tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+}
+
+impl ModelFacts {
+    /// What `package` says about its model.
+    ///
+    /// # Errors
+    /// [`Error::Package`] when the tokenizer cannot be read or has another number of entries than the manifest says.
+    pub fn new(package: &ModelPackage) -> Result<Self> {
+        let Manifest { name, text, vision, decoder, .. } = package.manifest();
+        let path = package.display_path(&text.tokenizer);
+        let tokenizer = Tokenizer::from_bytes(&path, &package.read(&text.tokenizer)?)?;
+        tokenizer.check(&path, text)?;
+        Ok(Self {
+            name: name.clone(),
+            context: decoder.context,
+            tokens_per_image: vision.tokens_per_image,
+            eos: text.eos.clone(),
+            template: text.template.clone(),
+            tokenizer: Arc::new(tokenizer),
+        })
+    }
+}
+
+/// One question to the model.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What is read before the answer; see [`Engine::prompt`].
+    pub prompt: Prompt,
+    /// The images that the prompt names, by index.
+    pub images: Vec<Arc<ImageInput>>,
+    /// Limits and sampling.
+    pub params: GenerateParams,
+    /// Gives up on the request.
+    pub cancel: CancelToken,
+}
+
+/// A loaded model that answers requests, one after another, on a thread of its own.
+///
+/// Clones share the model; the thread ends when the last clone is dropped.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    jobs: mpsc::Sender<Job>,
+    facts: Arc<ModelFacts>,
+    preprocessor: Arc<Preprocessor>,
+    limits: Limits,
+    reports: Arc<[ComponentReport]>,
+    load: Duration,
+}
+
+impl Engine {
+    /// Finds ONNX Runtime, loads the model of `package` and starts the engine.
+    ///
+    /// # Errors
+    /// [`Error::Library`] without ONNX Runtime, [`Error::Package`] for a damaged package, [`Error::Provider`] when nothing
+    /// serves a component.
+    pub fn open(package: &ModelPackage, options: &EngineOptions) -> Result<Self> {
+        let begin = Instant::now();
+        Runtime::start(&options.library, &mut |_| {})?;
+        let facts = ModelFacts::new(package)?;
+        let model = LlavaPhi::open(package, &options.model)?;
+        let reports = model.reports().into();
+        let preprocessor = Preprocessor::new(&package.manifest().image);
+        let engine = Self::with_model(model, facts, preprocessor, options.limits, reports)?;
+        Ok(Self { load: begin.elapsed(), ..engine })
+    }
+
+    /// An engine over any model; what [`Engine::open`] does after loading, and tests with a scripted one.
+    pub(crate) fn with_model<M: CausalModel + 'static>(
+        model: M,
+        facts: ModelFacts,
+        preprocessor: Preprocessor,
+        limits: Limits,
+        reports: Arc<[ComponentReport]>,
+    ) -> Result<Self> {
+        let facts = Arc::new(facts);
+        let jobs = worker::start(model, Arc::clone(&facts))?;
+        let preprocessor = Arc::new(preprocessor);
+        Ok(Self { jobs, facts, preprocessor, limits, reports, load: Duration::ZERO })
+    }
+
+    /// Decodes, resizes and normalises an image on this thread. `name` is what errors call it; `fit` replaces the
+    /// manifest's own choice.
+    ///
+    /// # Errors
+    /// [`Error::Image`] for anything that is not a whole image within the limits.
+    pub fn prepare_image(&self, name: &str, bytes: &[u8], fit: Option<Fit>) -> Result<Arc<ImageInput>> {
+        let rgb = decode(name, bytes, &self.limits)?;
+        Ok(Arc::new(ImageInput::new(self.preprocessor.run(&rgb, fit))))
+    }
+
+    /// As [`Engine::prepare_image`], from a file.
+    ///
+    /// # Errors
+    /// As [`Engine::prepare_image`], and when the file cannot be read.
+    pub fn open_image(&self, path: impl AsRef<Path>, fit: Option<Fit>) -> Result<Arc<ImageInput>> {
+        let path = path.as_ref();
+        let bytes = crate::image::read_file(path, &self.limits)?;
+        self.prepare_image(&path.display().to_string(), &bytes, fit)
+    }
+
+    /// Turns pieces of text and images into what the model reads.
+    ///
+    /// # Errors
+    /// [`Error::Request`] when text cannot be tokenised.
+    pub fn prompt(&self, pieces: &[Piece]) -> Result<Prompt> {
+        self.facts.tokenizer.prompt(pieces)
+    }
+
+    /// Queues `request` and sends its events to `sink` from the engine's thread. Everything that can be refused without
+    /// running a graph is refused here.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for contradictory parameters or a wrong number of images, [`Error::TooLong`] for a prompt that
+    /// leaves no room for an answer, [`Error::Stopped`] when the engine's thread has ended.
+    pub fn submit(&self, request: Request, sink: Sink) -> Result<()> {
+        let limit = self.limit(&request)?;
+        let job = Job { request, limit, sink, submitted: Instant::now() };
+        self.jobs.send(job).map_err(|_| Error::Stopped("its thread has ended".to_owned()))
+    }
+
+    /// As [`Engine::submit`], with the events as an iterator.
+    ///
+    /// # Errors
+    /// As [`Engine::submit`].
+    pub fn generate(&self, request: Request) -> Result<GenerationStream> {
+        let (sink, stream) = GenerationStream::new(request.cancel.clone());
+        self.submit(request, sink)?;
+        Ok(stream)
+    }
+
+    /// How many tokens the answer to `request` may have.
+    fn limit(&self, request: &Request) -> Result<usize> {
+        request.params.validate()?;
+        images_match(&request.prompt, request.images.len())?;
+        let capacity = self.facts.context;
+        let positions = request.prompt.positions(self.facts.tokens_per_image);
+        if positions == 0 {
+            return Err(Error::Request("the prompt is empty; ask something".to_owned()));
+        }
+        let room = capacity.saturating_sub(positions);
+        if room == 0 {
+            return Err(Error::TooLong { needed: positions.saturating_add(1), capacity });
+        }
+        match request.params.max_new_tokens {
+            Some(wanted) if wanted > room => Err(Error::Request(format!(
+                "{wanted} new tokens do not fit: the prompt takes {positions} of {capacity} positions; \
+                 ask for at most {room}"
+            ))),
+            Some(wanted) => Ok(wanted),
+            None => Ok(room),
+        }
+    }
+
+    /// What is known about the model.
+    pub fn facts(&self) -> &ModelFacts {
+        &self.facts
+    }
+
+    /// Which variant and provider serve each component.
+    pub fn reports(&self) -> &[ComponentReport] {
+        &self.reports
+    }
+
+    /// How long [`Engine::open`] took.
+    pub fn load_time(&self) -> Duration {
+        self.load
+    }
+}
+
+/// Refuses a prompt that names another image than those given, or leaves one out. It may name one twice.
+fn images_match(prompt: &Prompt, given: usize) -> Result<()> {
+    let named: BTreeSet<usize> = prompt
+        .spans()
+        .iter()
+        .filter_map(|span| match span {
+            Span::Text(_) => None,
+            Span::Image(index) => Some(*index),
+        })
+        .collect();
+    if let Some(index) = named.last().filter(|index| **index >= given) {
+        return Err(Error::Request(format!(
+            "the prompt names image {} and {given} were given; give as many images as the prompt names",
+            index.saturating_add(1)
+        )));
+    }
+    if let Some(index) = (0..given).find(|index| !named.contains(index)) {
+        return Err(Error::Request(format!(
+            "image {} of {given} has no place in the prompt; name every image that is given",
+            index + 1
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

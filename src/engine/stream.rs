@@ -1,0 +1,59 @@
+//! Events as an iterator; dropping it cancels.
+
+use std::{ops::ControlFlow, sync::mpsc};
+
+use super::cancel::CancelToken;
+use super::event::{Completion, Event, Sink};
+use crate::error::{Error, Result};
+
+/// The events of one request. Blocks until the next one; dropping it before the last one stops the request.
+#[derive(Debug)]
+pub struct GenerationStream {
+    events: mpsc::Receiver<Result<Event>>,
+    cancel: CancelToken,
+    ended: bool,
+}
+
+impl GenerationStream {
+    /// A sink and the stream that it fills.
+    pub(super) fn new(cancel: CancelToken) -> (Sink, Self) {
+        let (sender, events) = mpsc::channel();
+        let sink = move |event| match sender.send(event) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        };
+        (Box::new(sink), Self { events, cancel, ended: false })
+    }
+
+    /// Waits for the end, dropping the pieces of text.
+    ///
+    /// # Errors
+    /// The request's own error, and [`Error::Stopped`] when the engine ended without an answer.
+    pub fn complete(mut self) -> Result<Completion> {
+        for event in &mut self {
+            if let Event::Finished(completion) = event? {
+                return Ok(*completion);
+            }
+        }
+        Err(Error::Stopped("the request has no answer".to_owned()))
+    }
+}
+
+impl Iterator for GenerationStream {
+    type Item = Result<Event>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let event = self.events.recv().ok();
+        self.ended = !matches!(event, Some(Ok(Event::Text(_))));
+        event
+    }
+}
+
+impl Drop for GenerationStream {
+    fn drop(&mut self) {
+        // The token is the caller's: a request that has ended leaves it as it is, for the next one.
+        if !self.ended {
+            self.cancel.cancel();
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! A model that says what a test wants.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use crate::error::{Error, Result};
+use crate::model::cancel::Canceler;
+use crate::model::decoder::Logits;
+use crate::model::vision::ImageInput;
+use crate::model::{CausalModel, Prefill};
+use crate::text::{Prompt, TokenId};
+
+/// One call of a model, in the order of the log. Caches are numbered as they are made, from 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Call {
+    Prefill { tokens: Vec<TokenId>, images: usize, cache: usize },
+    Decode { token: TokenId, cache: usize },
+}
+
+impl Call {
+    pub(super) fn is_prefill(&self) -> bool {
+        matches!(self, Self::Prefill { .. })
+    }
+
+    pub(super) fn cache(&self) -> usize {
+        match self {
+            Self::Prefill { cache, .. } | Self::Decode { cache, .. } => *cache,
+        }
+    }
+}
+
+/// What the model was asked to do so far.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Log(Arc<Mutex<Vec<Call>>>);
+
+impl Log {
+    pub(super) fn calls(&self) -> Vec<Call> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+/// Gives the token that each call answers with; the model is certain of it.
+type Script = Box<dyn FnMut(&Call, &Canceler) -> Result<TokenId> + Send>;
+
+/// A model without graphs.
+pub(super) struct ScriptedModel {
+    vocabulary: usize,
+    script: Script,
+    log: Log,
+    canceler: Canceler,
+    caches: usize,
+}
+
+/// What a scripted model remembers: the number of its cache and the tokens in it.
+pub(super) struct ScriptedCache {
+    number: usize,
+    tokens: Vec<TokenId>,
+}
+
+impl ScriptedModel {
+    pub(super) fn new(
+        vocabulary: usize,
+        script: impl FnMut(&Call, &Canceler) -> Result<TokenId> + Send + 'static,
+    ) -> (Self, Log) {
+        let log = Log::default();
+        let model = Self {
+            vocabulary,
+            script: Box::new(script),
+            log: log.clone(),
+            canceler: Canceler::default(),
+            caches: 0,
+        };
+        (model, log)
+    }
+
+    fn answer(&mut self, call: &Call) -> Result<Logits> {
+        self.log.0.lock().unwrap().push(call.clone());
+        let token = (self.script)(call, &self.canceler)?;
+        let mut logits = vec![0.0; self.vocabulary];
+        logits[token as usize] = 1.0;
+        Ok(Logits::new(logits))
+    }
+}
+
+impl CausalModel for ScriptedModel {
+    type Cache = ScriptedCache;
+
+    fn empty_cache(&mut self) -> Result<ScriptedCache> {
+        self.caches += 1;
+        Ok(ScriptedCache { number: self.caches - 1, tokens: Vec::new() })
+    }
+
+    fn prefill(
+        &mut self,
+        prompt: &Prompt,
+        images: &[Arc<ImageInput>],
+        cache: &mut ScriptedCache,
+    ) -> Result<Prefill> {
+        let tokens: Vec<TokenId> = prompt.token_ids().collect();
+        let cached = cache.tokens.iter().zip(&tokens).take_while(|(held, wanted)| held == wanted).count();
+        let call = Call::Prefill { tokens: tokens.clone(), images: images.len(), cache: cache.number };
+        let logits = self.answer(&call)?;
+        cache.tokens = tokens;
+        Ok(Prefill { logits, cached, images_encoded: 0, vision: Duration::ZERO, decoder: Duration::ZERO })
+    }
+
+    fn decode(&mut self, token: TokenId, cache: &mut ScriptedCache) -> Result<Logits> {
+        let logits = self.answer(&Call::Decode { token, cache: cache.number })?;
+        cache.tokens.push(token);
+        Ok(logits)
+    }
+
+    fn canceler(&self) -> Canceler {
+        self.canceler.clone()
+    }
+}
+
+/// What a graph does when it is cancelled: nothing until then, and the error.
+pub(super) fn until_cancelled<T>(canceler: &Canceler) -> Result<T> {
+    let begin = Instant::now();
+    while !canceler.is_cancelled() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "nobody cancelled");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Err(Error::Cancelled)
+}

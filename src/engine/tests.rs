@@ -1,0 +1,441 @@
+//! What the engine promises, with a model that follows a script.
+
+use std::{
+    ops::ControlFlow,
+    sync::{Arc, Mutex, mpsc},
+    thread,
+    time::Duration,
+};
+
+use super::cancel::CancelToken;
+use super::event::{Completion, Event};
+use super::testing::{Call, Log, ScriptedModel, until_cancelled};
+use super::{Engine, ModelFacts, Request};
+use crate::error::{Error, Result};
+use crate::generate::params::{GenerateParams, Sampling};
+use crate::generate::sequence::FinishReason;
+use crate::image::{Limits, Preprocessor, Rgb};
+use crate::model::cancel::Canceler;
+use crate::model::vision::ImageInput;
+use crate::package::ModelPackage;
+use crate::text::{Piece, Prompt, TokenId};
+
+/// Positions that the context of the tests holds, and that an image takes.
+const CONTEXT: usize = 100;
+const IMAGE: usize = 10;
+
+fn facts() -> ModelFacts {
+    let facts = ModelFacts::new(&ModelPackage::embedded().unwrap()).unwrap();
+    ModelFacts { context: CONTEXT, tokens_per_image: IMAGE, ..facts }
+}
+
+fn engine(script: impl FnMut(&Call, &Canceler) -> Result<TokenId> + Send + 'static) -> (Engine, Log) {
+    let facts = facts();
+    let (model, log) = ScriptedModel::new(facts.tokenizer.vocabulary(), script);
+    let preprocessor = Preprocessor::new(&ModelPackage::embedded().unwrap().manifest().image);
+    let engine = Engine::with_model(model, facts, preprocessor, Limits::default(), Arc::new([])).unwrap();
+    (engine, log)
+}
+
+/// Says `text` to every prompt and ends.
+fn saying(text: &str) -> impl FnMut(&Call, &Canceler) -> Result<TokenId> + Send + 'static {
+    let facts = facts();
+    let tokens = facts.tokenizer.encode(text).unwrap();
+    let mut said = 0;
+    move |call, _| {
+        said = if call.is_prefill() { 0 } else { said + 1 };
+        Ok(tokens.get(said).copied().unwrap_or(facts.eos[0]))
+    }
+}
+
+fn letter(text: &str) -> TokenId {
+    facts().tokenizer.encode(text).unwrap()[0]
+}
+
+fn image() -> Arc<ImageInput> {
+    let package = ModelPackage::embedded().unwrap();
+    let rgb = Rgb::new(1, 1, vec![1, 2, 3]).unwrap();
+    Arc::new(ImageInput::new(Preprocessor::new(&package.manifest().image).run(&rgb, None)))
+}
+
+/// A prompt of so many tokens.
+fn tokens(length: usize) -> Prompt {
+    facts().tokenizer.prompt(&[Piece::Tokens(vec![5; length])]).unwrap()
+}
+
+fn request(prompt: Prompt) -> Request {
+    Request { prompt, images: Vec::new(), params: GenerateParams::default(), cancel: CancelToken::new() }
+}
+
+fn ask(engine: &Engine) -> Result<Completion> {
+    engine.generate(request(tokens(3)))?.complete()
+}
+
+fn at_most(max_new_tokens: usize) -> GenerateParams {
+    GenerateParams { max_new_tokens: Some(max_new_tokens), ..GenerateParams::default() }
+}
+
+#[test]
+fn what_cannot_be_answered_is_refused_before_anything_runs() {
+    let (engine, log) = engine(saying("red"));
+    let pieces = |pieces: &[Piece]| request(engine.prompt(pieces).unwrap());
+    let one = pieces(&[Piece::Image(0), Piece::text("a")]);
+    let with = |params| Request { params, ..request(tokens(3)) };
+    let random = |temperature, top_p| Sampling::Random { temperature, top_k: None, top_p, min_p: 0.0 };
+    let cases = [
+        (one.clone(), "the prompt names image 1 and 0 were given"),
+        (Request { images: vec![image(), image()], ..one }, "image 2 of 2 has no place in the prompt"),
+        (Request { images: vec![image()], ..request(tokens(3)) }, "image 1 of 1 has no place"),
+        (
+            Request { images: vec![image()], ..pieces(&[Piece::Image(1)]) },
+            "the prompt names image 2 and 1 were given",
+        ),
+        (Request { images: vec![image()], ..pieces(&[Piece::Image(usize::MAX)]) }, "and 1 were given"),
+        (request(Prompt::default()), "the prompt is empty"),
+        (request(tokens(CONTEXT)), "the prompt takes 101 positions and the context holds 100"),
+        (
+            Request { images: vec![image()], ..pieces(&[Piece::Image(0), Piece::Tokens(vec![5; 90])]) },
+            "the prompt takes 101 positions",
+        ),
+        (
+            with(at_most(98)),
+            "98 new tokens do not fit: the prompt takes 3 of 100 positions; ask for at most 97",
+        ),
+        (with(at_most(0)), "max-new-tokens is 0"),
+        (with(GenerateParams { sampling: random(-1.0, 1.0), ..at_most(1) }), "temperature is -1"),
+        (with(GenerateParams { sampling: random(1.0, f32::NAN), ..at_most(1) }), "NaN"),
+        (with(GenerateParams { repetition_penalty: 0.0, ..at_most(1) }), "repetition-penalty is 0"),
+        (with(GenerateParams { stop: vec![String::new()], ..at_most(1) }), "a stop string is empty"),
+    ];
+    for (request, expected) in cases {
+        let error = engine.generate(request).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error:?} and not {expected:?}");
+    }
+    let error = engine.generate(request(tokens(CONTEXT + 1))).unwrap_err();
+    assert!(matches!(error, Error::TooLong { needed: 102, capacity: CONTEXT }), "{error:?}");
+    assert_eq!(log.calls(), []);
+}
+
+#[test]
+fn an_image_may_stand_at_two_places() {
+    let (engine, log) = engine(saying("red"));
+    let prompt = engine.prompt(&[Piece::Image(0), Piece::Tokens(vec![5]), Piece::Image(0)]).unwrap();
+    let usage = engine
+        .generate(Request { images: vec![image()], ..request(prompt) })
+        .unwrap()
+        .complete()
+        .unwrap()
+        .usage;
+    assert_eq!((usage.prompt_tokens, usage.image_tokens), (2 * IMAGE + 1, 2 * IMAGE));
+    assert!(log.calls()[0].is_prefill());
+}
+
+#[test]
+fn an_answer_ends_where_the_model_the_stop_string_or_the_limit_says() {
+    let stop = |stop: &str| GenerateParams { stop: vec![stop.to_owned()], ..GenerateParams::default() };
+    // What the model says, the parameters, the answer, why it ended, and how many tokens the model read of it.
+    let cases = [
+        ("a", GenerateParams::default(), "a", FinishReason::Stop, 1),
+        ("", GenerateParams::default(), "", FinishReason::Stop, 0),
+        ("a b c", at_most(1), "a", FinishReason::Length, 0),
+        ("x\u{1f600}y", stop("\u{1f600}"), "x", FinishReason::Stop, usize::MAX),
+        (" red, and more", stop(", a"), "red", FinishReason::Stop, usize::MAX),
+        ("red", stop("red"), "", FinishReason::Stop, usize::MAX),
+        ("red blue", stop("blues"), "red blue", FinishReason::Stop, usize::MAX),
+    ];
+    for (says, params, text, reason, read) in cases {
+        let (engine, log) = engine(saying(says));
+        let stream = engine.generate(Request { params, ..request(tokens(3)) }).unwrap();
+        let mut joined = String::new();
+        let mut finished = None;
+        for event in stream {
+            match event.unwrap() {
+                Event::Text(text) => {
+                    assert!(finished.is_none() && !text.is_empty());
+                    joined.push_str(&text);
+                }
+                Event::Finished(completion) => finished = Some(completion),
+            }
+        }
+        let completion = finished.unwrap();
+        assert_eq!((&completion.text[..], completion.finish_reason), (text, reason), "{says:?}");
+        assert_eq!(joined, text);
+        assert_eq!(completion.usage.completion_tokens, completion.token_ids.len());
+        if read != usize::MAX {
+            assert_eq!(log.calls().len(), 1 + read, "{says:?}");
+        }
+    }
+}
+
+#[test]
+fn an_answer_fills_the_context_and_no_more() {
+    for left in [1, 2, 7] {
+        let a = letter("a");
+        let (engine, log) = engine(move |_, _| Ok(a));
+        let completion = engine.generate(request(tokens(CONTEXT - left))).unwrap().complete().unwrap();
+        assert_eq!((completion.finish_reason, completion.token_ids), (FinishReason::Length, vec![a; left]));
+        // The last token of an answer is never read.
+        assert_eq!(log.calls().len(), left);
+    }
+}
+
+#[test]
+fn a_follow_up_uses_the_cache_of_the_request_before() {
+    let (engine, log) = engine(saying("red"));
+    assert_eq!(ask(&engine).unwrap().usage.cached_tokens, 0);
+    let usage = ask(&engine).unwrap().usage;
+    assert_eq!((usage.cached_tokens, usage.prompt_tokens), (3, 3));
+    assert!(log.calls().iter().all(|call| call.cache() == 0));
+}
+
+#[test]
+fn a_sink_that_breaks_stops_its_request_and_no_other() {
+    let a = letter("a");
+    let (engine, log) = engine(move |_, _| Ok(a));
+    let (sender, finished) = mpsc::channel();
+    let sink = move |event: Result<Event>| {
+        if let Event::Finished(completion) = event.unwrap() {
+            sender.send(completion).unwrap();
+        }
+        ControlFlow::Break(())
+    };
+    engine.submit(request(tokens(3)), Box::new(sink)).unwrap();
+    let completion = finished.recv().unwrap();
+    assert_eq!((completion.finish_reason, &completion.text[..]), (FinishReason::Cancelled, "a"));
+    assert_eq!(log.calls().len(), 1);
+    assert_eq!(ask(&engine).unwrap().finish_reason, FinishReason::Length);
+}
+
+#[test]
+fn dropping_the_stream_stops_the_request() {
+    let (a, eos) = (letter("a"), facts().eos[0]);
+    let mut requests = 0;
+    let (engine, _log) = engine(move |call, canceler| {
+        requests += usize::from(call.is_prefill());
+        match call {
+            _ if requests > 1 => Ok(eos),
+            Call::Prefill { .. } => Ok(a),
+            Call::Decode { .. } => until_cancelled(canceler),
+        }
+    });
+    let mut stream = engine.generate(request(tokens(3))).unwrap();
+    assert!(matches!(stream.next(), Some(Ok(Event::Text(text))) if text == "a"));
+    drop(stream);
+    assert_eq!(ask(&engine).unwrap().finish_reason, FinishReason::Stop);
+}
+
+#[test]
+fn a_token_outlives_a_request_that_ended_by_itself() {
+    let (engine, _log) = engine(saying("red"));
+    let cancel = CancelToken::new();
+    for _ in 0..2 {
+        let request = || Request { cancel: cancel.clone(), ..request(tokens(3)) };
+        assert_eq!(engine.generate(request()).unwrap().complete().unwrap().text, "red");
+        for event in engine.generate(request()).unwrap() {
+            if let Event::Finished(completion) = event.unwrap() {
+                assert_eq!(completion.finish_reason, FinishReason::Stop);
+                break;
+            }
+        }
+        assert!(!cancel.is_cancelled());
+    }
+}
+
+/// Cancels a request when the model is at `call` of it, the prefill being call 0.
+fn cancelled_at(at: usize) -> (Completion, Log) {
+    let (a, eos) = (letter("a"), facts().eos[0]);
+    let (sender, reached) = mpsc::channel();
+    let mut calls = 0;
+    let (engine, log) = engine(move |_, canceler| {
+        calls += 1;
+        if calls == at + 1 {
+            sender.send(()).unwrap();
+            return until_cancelled(canceler);
+        }
+        assert!(!canceler.is_cancelled(), "a cancellation is for one request");
+        Ok(if calls > at { eos } else { a })
+    });
+    let cancel = CancelToken::new();
+    let stream = engine.generate(Request { cancel: cancel.clone(), ..request(tokens(3)) }).unwrap();
+    reached.recv().unwrap();
+    cancel.cancel();
+    let completion = stream.complete().unwrap();
+    assert_eq!(completion.finish_reason, FinishReason::Cancelled);
+    let next = ask(&engine).unwrap();
+    assert_eq!((next.finish_reason, next.token_ids.len()), (FinishReason::Stop, 0));
+    (completion, log)
+}
+
+#[test]
+fn a_cancellation_while_the_prompt_is_read_leaves_an_empty_answer() {
+    let (completion, log) = cancelled_at(0);
+    assert_eq!((&completion.text[..], completion.token_ids), ("", vec![]));
+    // A cancelled prefill leaves a prefix of the prompt in the cache, which is good for the next request.
+    assert!(log.calls().iter().all(|call| call.cache() == 0));
+}
+
+#[test]
+fn a_cancellation_while_the_answer_is_made_keeps_what_was_said() {
+    for said in [1, 4] {
+        let (completion, _log) = cancelled_at(said);
+        assert_eq!((completion.text, completion.token_ids.len()), ("a".repeat(said), said));
+    }
+}
+
+#[test]
+fn a_request_that_was_cancelled_while_it_waited_is_not_answered() {
+    let mut first = true;
+    let eos = facts().eos[0];
+    let (engine, _log) = engine(move |_, canceler| {
+        if std::mem::take(&mut first) {
+            return until_cancelled(canceler);
+        }
+        assert!(!canceler.is_cancelled());
+        Ok(eos)
+    });
+    let cancel = CancelToken::new();
+    cancel.cancel();
+    let completion = engine.generate(Request { cancel, ..request(tokens(3)) }).unwrap().complete().unwrap();
+    assert_eq!(completion.finish_reason, FinishReason::Cancelled);
+    assert_eq!(ask(&engine).unwrap().finish_reason, FinishReason::Stop);
+}
+
+#[test]
+fn a_failure_reaches_its_request_and_the_next_one_starts_afresh() {
+    let a = letter("a");
+    for failing in [0, 2] {
+        let mut calls = 0;
+        let (engine, log) = engine(move |_, _| {
+            calls += 1;
+            if calls == failing + 1 { Err(Error::graph("decoder", "broke")) } else { Ok(a) }
+        });
+        let events: Vec<Result<Event>> = engine.generate(request(tokens(3))).unwrap().collect();
+        let (last, before) = events.split_last().unwrap();
+        assert_eq!(last.as_ref().unwrap_err().to_string(), "graph decoder: broke");
+        assert_eq!(before.len(), failing);
+        assert!(before.iter().all(|event| matches!(event, Ok(Event::Text(_)))));
+        assert_eq!(ask(&engine).unwrap().usage.cached_tokens, 0);
+        assert_eq!(log.calls().last().unwrap().cache(), 1);
+    }
+}
+
+#[test]
+fn requests_are_answered_in_the_order_in_which_they_came() {
+    let (engine, log) = engine(saying("red"));
+    let (sender, answered) = mpsc::channel();
+    for number in 0..10 {
+        let sender = sender.clone();
+        let sink = move |event: Result<Event>| {
+            if let Event::Finished(_) = event.unwrap() {
+                sender.send(number).unwrap();
+            }
+            ControlFlow::Continue(())
+        };
+        engine.submit(request(tokens(10 + number)), Box::new(sink)).unwrap();
+    }
+    drop(sender);
+    assert_eq!(answered.iter().collect::<Vec<_>>(), (0..10).collect::<Vec<_>>());
+    let prompts = log.calls().into_iter().filter_map(|call| match call {
+        Call::Prefill { tokens, .. } => Some(tokens.len()),
+        Call::Decode { .. } => None,
+    });
+    assert!(prompts.eq(10..20));
+}
+
+#[test]
+fn each_thread_gets_the_answers_to_its_own_questions() {
+    // The answer to a prompt is its first token, three times.
+    let eos = facts().eos[0];
+    let mut says = Vec::new();
+    let (engine, _log) = engine(move |call, _| {
+        if let Call::Prefill { tokens, .. } = call {
+            says = vec![eos, tokens[0], tokens[0], tokens[0]];
+        }
+        Ok(says.pop().unwrap())
+    });
+    let letters = ["a", "b", "c", "d"].map(letter);
+    thread::scope(|scope| {
+        for letter in letters {
+            let engine = engine.clone();
+            scope.spawn(move || {
+                for _ in 0..10 {
+                    let prompt = engine.prompt(&[Piece::Tokens(vec![letter, 5])]).unwrap();
+                    let completion = engine.generate(request(prompt)).unwrap().complete().unwrap();
+                    assert_eq!(completion.token_ids, [letter; 3]);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn an_engine_is_for_every_thread() {
+    fn shared<T: Clone + Send + Sync + 'static>() {}
+    fn sent<T: Send + 'static>() {}
+    shared::<Engine>();
+    shared::<CancelToken>();
+    shared::<Request>();
+    sent::<super::stream::GenerationStream>();
+}
+
+#[test]
+fn the_thread_ends_with_the_last_engine_after_the_requests_that_wait() {
+    // The model owns a sender; when it is gone, the thread has ended.
+    let (sender, model_lives) = mpsc::channel::<()>();
+    let mut say = saying("red");
+    let (engine, _log) = engine(move |call, canceler| {
+        let _ = &sender;
+        say(call, canceler)
+    });
+    let other = engine.clone();
+    drop(engine);
+    let brief = model_lives.recv_timeout(Duration::from_millis(20));
+    assert_eq!(brief, Err(mpsc::RecvTimeoutError::Timeout));
+    let waiting: Vec<_> = (0..3).map(|_| other.generate(request(tokens(3))).unwrap()).collect();
+    drop(other);
+    for stream in waiting {
+        assert_eq!(stream.complete().unwrap().text, "red");
+    }
+    let end = model_lives.recv_timeout(Duration::from_secs(20));
+    assert_eq!(end, Err(mpsc::RecvTimeoutError::Disconnected));
+}
+
+#[test]
+fn an_engine_whose_thread_died_says_so() {
+    let (engine, _log) = engine(|_, _| panic!("this panic is part of a test"));
+    let waiting = [0; 2].map(|_| engine.generate(request(tokens(3))));
+    for stream in waiting.into_iter().flatten() {
+        assert!(matches!(stream.complete(), Err(Error::Stopped(_))));
+    }
+    let error = loop {
+        match engine.generate(request(tokens(3))) {
+            Ok(_) => thread::sleep(Duration::from_millis(1)),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.to_string(), "the engine has stopped: its thread has ended");
+}
+
+#[test]
+fn a_sink_may_ask_the_next_question() {
+    let (engine, _log) = engine(saying("red"));
+    let (sender, texts) = mpsc::channel();
+    let inner = Mutex::new(Some((engine.clone(), sender.clone())));
+    let sink = move |event: Result<Event>| {
+        if let Event::Finished(completion) = event.unwrap() {
+            sender.send(completion.text).unwrap();
+            let (engine, sender) = inner.lock().unwrap().take().unwrap();
+            let sink = move |event: Result<Event>| {
+                if let Event::Finished(completion) = event.unwrap() {
+                    sender.send(completion.text).unwrap();
+                }
+                ControlFlow::Continue(())
+            };
+            engine.submit(request(tokens(4)), Box::new(sink)).unwrap();
+        }
+        ControlFlow::Continue(())
+    };
+    engine.submit(request(tokens(3)), Box::new(sink)).unwrap();
+    drop(engine);
+    assert_eq!(texts.iter().collect::<Vec<_>>(), ["red", "red"]);
+}

@@ -1,0 +1,124 @@
+//! The thread that owns the model and answers one request after another.
+
+use std::{
+    ops::ControlFlow,
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use super::event::{Completion, Event, Sink, Timings, Usage};
+use super::{ModelFacts, Request};
+use crate::error::{Error, Result};
+use crate::generate::sequence::{Advance, FinishReason, Next, Sequence};
+use crate::model::CausalModel;
+
+/// A request that passed its checks, and where its events go.
+pub(super) struct Job {
+    pub(super) request: Request,
+    pub(super) limit: usize,
+    pub(super) sink: Sink,
+    pub(super) submitted: Instant,
+}
+
+/// Answers jobs until every sender is gone.
+pub(super) fn work<M: CausalModel>(mut model: M, facts: &ModelFacts, jobs: &mpsc::Receiver<Job>) {
+    // What the last request read, so that a follow-up reads only what is new.
+    let mut idle: Option<M::Cache> = None;
+    for mut job in jobs {
+        let queue = job.submitted.elapsed();
+        let cancel = job.request.cancel.clone();
+        let canceler = model.canceler();
+        canceler.reset();
+        let result = cancel.during(
+            move || canceler.cancel(),
+            || {
+                let cache = idle.take().map_or_else(|| model.empty_cache(), Ok)?;
+                let (result, cache) = answer(&mut model, facts, &mut job, cache, queue);
+                idle = cache;
+                result
+            },
+        );
+        let event = result.map(|completion| Event::Finished(Box::new(completion)));
+        // Nobody is left to tell when the sink breaks here: the job is over either way.
+        let _ = (job.sink)(event);
+    }
+}
+
+/// Answers one job. The cache comes back unless its content is in doubt.
+fn answer<M: CausalModel>(
+    model: &mut M,
+    facts: &ModelFacts,
+    job: &mut Job,
+    mut cache: M::Cache,
+    queue: Duration,
+) -> (Result<Completion>, Option<M::Cache>) {
+    let Request { prompt, images, params, .. } = &job.request;
+    let mut usage = Usage {
+        prompt_tokens: prompt.positions(facts.tokens_per_image),
+        image_tokens: prompt.images() * facts.tokens_per_image,
+        ..Usage::default()
+    };
+    let mut timings = Timings { queue, ..Timings::default() };
+    let ids = prompt.token_ids().collect();
+    let mut sequence = match Sequence::new(&facts.tokenizer, params, ids, facts.eos.clone(), job.limit) {
+        Ok(sequence) => sequence,
+        Err(error) => return (Err(error), Some(cache)),
+    };
+
+    let mut logits = match model.prefill(prompt, images, &mut cache) {
+        Ok(prefill) => {
+            usage.cached_tokens = prefill.cached;
+            (timings.vision, timings.prefill) = (prefill.vision, prefill.decoder);
+            tracing::debug!(positions = usage.prompt_tokens, cached = prefill.cached, "prompt read");
+            prefill.logits
+        }
+        Err(Error::Cancelled) => {
+            return (Ok(complete(&sequence, FinishReason::Cancelled, usage, timings)), Some(cache));
+        }
+        Err(error) => return (Err(error), None),
+    };
+    let begin = Instant::now();
+    let reason = loop {
+        let Advance { text, next } = match sequence.advance(logits.values_mut()) {
+            Ok(advance) => advance,
+            Err(error) => return (Err(error), None),
+        };
+        let broken = !text.is_empty() && (job.sink)(Ok(Event::Text(text))) == ControlFlow::Break(());
+        let token = match next {
+            Next::Finish(reason) => break reason,
+            Next::Read(_) if broken || job.request.cancel.is_cancelled() => break FinishReason::Cancelled,
+            Next::Read(token) => token,
+        };
+        logits = match model.decode(token, &mut cache) {
+            Ok(logits) => logits,
+            Err(Error::Cancelled) => break FinishReason::Cancelled,
+            Err(error) => return (Err(error), None),
+        };
+    };
+    timings.decode = begin.elapsed();
+    if reason == FinishReason::Cancelled {
+        match sequence.finish(reason) {
+            Ok(Advance { text, .. }) if !text.is_empty() => {
+                let _ = (job.sink)(Ok(Event::Text(text)));
+            }
+            _ => {}
+        }
+    }
+    (Ok(complete(&sequence, reason, usage, timings)), Some(cache))
+}
+
+fn complete(sequence: &Sequence, finish_reason: FinishReason, usage: Usage, timings: Timings) -> Completion {
+    let token_ids = sequence.tokens().to_vec();
+    let usage = Usage { completion_tokens: token_ids.len(), ..usage };
+    Completion { text: sequence.text().to_owned(), token_ids, finish_reason, usage, timings }
+}
+
+/// Starts the thread. It ends when the last sender of jobs is dropped.
+pub(super) fn start<M: CausalModel + 'static>(model: M, facts: Arc<ModelFacts>) -> Result<mpsc::Sender<Job>> {
+    let (sender, jobs) = mpsc::channel();
+    std::thread::Builder::new()
+        .name("llava-phi engine".to_owned())
+        .spawn(move || work(model, &facts, &jobs))
+        .map_err(|e| Error::Stopped(format!("its thread cannot be started: {e}")))?;
+    Ok(sender)
+}

@@ -1,0 +1,154 @@
+//! The embedded model, opened for tests, and pictures for it.
+
+use std::{path::PathBuf, sync::OnceLock};
+
+use llava_phi::{
+    chat::{
+        conversation::{Message, Part},
+        template,
+    },
+    engine::{Engine, EngineOptions, Request, cancel::CancelToken},
+    generate::params::GenerateParams,
+    image::Rgb,
+    model::{LlavaPhi, ModelOptions},
+    package::ModelPackage,
+    runtime::{LibraryOptions, Runtime},
+};
+use serde::Deserialize;
+
+/// The variants of the embedded package.
+pub(crate) const VARIANTS: [&str; 2] = ["cpu-int4", "portable-f32"];
+
+pub(crate) fn package() -> &'static ModelPackage {
+    static PACKAGE: OnceLock<ModelPackage> = OnceLock::new();
+    PACKAGE.get_or_init(|| ModelPackage::embedded().unwrap())
+}
+
+fn library() -> LibraryOptions {
+    let value = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    LibraryOptions {
+        environment: value("ORT_DYLIB_PATH"),
+        cache: LibraryOptions::default_cache(),
+        python_environment: value("VIRTUAL_ENV"),
+        ..LibraryOptions::default()
+    }
+}
+
+/// An engine that nobody else uses; what its cache holds is known.
+pub(crate) fn open(variant: &str, threads: usize) -> Engine {
+    let model =
+        ModelOptions { variant: Some(variant.to_owned()), threads: Some(threads), ..ModelOptions::default() };
+    Engine::open(package(), &EngineOptions { library: library(), model, ..EngineOptions::default() }).unwrap()
+}
+
+/// An engine that all tests share.
+pub(crate) fn engine(variant: &str) -> &'static Engine {
+    static ENGINES: [OnceLock<Engine>; 2] = [const { OnceLock::new() }; 2];
+    let index = VARIANTS.iter().position(|known| *known == variant).unwrap();
+    ENGINES[index].get_or_init(|| open(variant, 1))
+}
+
+/// A model without an engine, to walk its stages.
+pub(crate) fn model(variant: &str, prefill_chunk: Option<usize>) -> LlavaPhi {
+    Runtime::start(&library(), &mut |_| {}).unwrap();
+    let options = ModelOptions { variant: Some(variant.to_owned()), threads: Some(1), prefill_chunk };
+    LlavaPhi::open(package(), &options).unwrap()
+}
+
+/// A question about `images`, which stand before it.
+pub(crate) fn question(engine: &Engine, images: &[&Drawing], text: &str) -> Request {
+    let parts = (0..images.len()).map(Part::Image).chain([Part::Text(text.to_owned())]);
+    let pieces = template::render(&engine.facts().template, None, &[Message::user(parts)]).unwrap();
+    Request {
+        prompt: engine.prompt(&pieces).unwrap(),
+        images: images
+            .iter()
+            .map(|image| engine.prepare_image("drawing", &image.file(), None).unwrap())
+            .collect(),
+        params: GenerateParams::default(),
+        cancel: CancelToken::new(),
+    }
+}
+
+/// A picture of shapes on a plain ground, of whole numbers only: `tests/reference/tiny.py` draws the same.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Drawing {
+    width: u32,
+    height: u32,
+    background: [u8; 3],
+    shapes: Vec<Shape>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Shape {
+    kind: Kind,
+    color: [u8; 3],
+    x: i64,
+    y: i64,
+    radius: i64,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Kind {
+    Circle,
+    Square,
+    Triangle,
+}
+
+impl Drawing {
+    pub(crate) fn red_circle() -> Self {
+        Self::of(Kind::Circle, [200, 30, 40])
+    }
+
+    pub(crate) fn blue_square() -> Self {
+        Self::of(Kind::Square, [40, 60, 200])
+    }
+
+    fn of(kind: Kind, color: [u8; 3]) -> Self {
+        let shape = Shape { kind, color, x: 30, y: 34, radius: 13 };
+        Self { width: 64, height: 64, background: [230, 228, 235], shapes: vec![shape] }
+    }
+
+    pub(crate) fn rgb(&self) -> Rgb {
+        let pixels =
+            (0..self.height).flat_map(|y| (0..self.width).map(move |x| (i64::from(x), i64::from(y))));
+        let pixels = pixels.flat_map(|(x, y)| {
+            let top = self.shapes.iter().rev().find(|shape| shape.covers(x, y));
+            top.map_or(self.background, |shape| shape.color)
+        });
+        Rgb::new(self.width, self.height, pixels.collect()).unwrap()
+    }
+
+    /// The drawing as an image file.
+    pub(crate) fn file(&self) -> Vec<u8> {
+        let mut file = format!("P6\n{} {}\n255\n", self.width, self.height).into_bytes();
+        file.extend(self.rgb().pixels);
+        file
+    }
+}
+
+impl Shape {
+    fn covers(&self, x: i64, y: i64) -> bool {
+        let (dx, dy, radius) = (x - self.x, y - self.y, self.radius);
+        match self.kind {
+            Kind::Circle => dx * dx + dy * dy <= radius * radius,
+            Kind::Square => dx.abs().max(dy.abs()) <= radius,
+            Kind::Triangle => dy.abs() <= radius && 2 * dx.abs() <= dy + radius,
+        }
+    }
+}
+
+/// How far `found` is from `wanted`: the L2 norm of the difference, by the L2 norm of `wanted`.
+pub(crate) fn distance(found: &[f32], wanted: &[f32]) -> f64 {
+    assert_eq!(found.len(), wanted.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+    let pairs = || found.iter().zip(wanted).map(|(a, b)| (f64::from(*a), f64::from(*b)));
+    norm(&mut pairs().map(|(a, b)| a - b)) / norm(&mut pairs().map(|(_, b)| b))
+}
+
+/// The id of the highest logit; of equal ones the lowest.
+pub(crate) fn highest(logits: &[f32]) -> u32 {
+    let best = (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+    u32::try_from(best).unwrap()
+}
