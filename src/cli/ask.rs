@@ -1,0 +1,105 @@
+//! `llava-phi ask`: one question, one answer.
+
+use std::{
+    ffi::OsString,
+    io::{self, Write as _},
+    path::Path,
+    process::ExitCode,
+    time::Instant,
+};
+
+use anyhow::Context as _;
+
+use super::context::{self, Context, GenerationArguments, ModelArguments};
+use super::figures::{self, Answer, Outside};
+use super::interrupt;
+use crate::chat::conversation::{Message, Part};
+use crate::chat::template;
+use crate::engine::cancel::CancelToken;
+use crate::engine::event::{Completion, Event};
+use crate::engine::{Engine, Request};
+use crate::error::{Error, Result};
+use crate::generate::sequence::FinishReason;
+
+/// What `ask` takes.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Image files, `-` for standard input, and last of all the question
+    #[arg(required = true, value_name = "IMAGES AND QUESTION")]
+    words: Vec<OsString>,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    model: ModelArguments,
+
+    #[command(flatten)]
+    generation: GenerationArguments,
+}
+
+pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<ExitCode> {
+    let (question, images) = question_of(&arguments.words)?;
+    let params = arguments.generation.params()?;
+    let engine = arguments.model.open_engine(context)?;
+
+    let begin = Instant::now();
+    let images = arguments.model.images(&engine, images)?;
+    let outside = Outside { load: engine.load_time(), preprocess: begin.elapsed() };
+
+    let parts = (0..images.len()).map(Part::Image).chain([Part::Text(question.to_owned())]);
+    let pieces = template::render(
+        &engine.facts().template,
+        arguments.generation.system.as_deref(),
+        &[Message::user(parts)],
+    )?;
+    let cancel = CancelToken::new();
+    let request = Request { prompt: engine.prompt(&pieces)?, images, params, cancel: cancel.clone() };
+    let completion = interrupt::cancels(&cancel, || answer(&engine, request, !arguments.json))?;
+
+    if arguments.json {
+        let answer = Answer::new(&completion, outside, engine.reports(), &engine.facts().name);
+        let json = serde_json::to_string(&answer).context("the answer has no JSON form")?;
+        writeln!(io::stdout(), "{json}")?;
+    } else {
+        writeln!(io::stdout())?;
+        figures::print(&mut io::stderr(), &completion, outside, engine.reports())?;
+    }
+    Ok(match completion.finish_reason {
+        FinishReason::Cancelled => ExitCode::from(super::INTERRUPTED),
+        FinishReason::Stop | FinishReason::Length => ExitCode::SUCCESS,
+    })
+}
+
+/// The question is the last word; everything before it is an image.
+fn question_of(words: &[OsString]) -> Result<(&str, &[OsString])> {
+    let (question, images) =
+        words.split_last().ok_or_else(|| Error::Request("there is no question; ask something".to_owned()))?;
+    let question = question.to_str().ok_or_else(|| {
+        Error::Request("the question is not UTF-8 text; the question comes last, after the images".to_owned())
+    })?;
+    context::check_question(question)?;
+    if question == context::STDIN || Path::new(question).is_file() {
+        return Err(Error::Request(format!(
+            "{question} is an image and there is no question; the question comes last, after the images"
+        )));
+    }
+    Ok((question, images))
+}
+
+/// Runs `request`, writing text to standard output as it comes when `stream` is set.
+fn answer(engine: &Engine, request: Request, stream: bool) -> anyhow::Result<Completion> {
+    let mut stdout = io::stdout();
+    for event in engine.generate(request)? {
+        match event? {
+            Event::Text(text) if stream => {
+                write!(stdout, "{text}")?;
+                stdout.flush()?;
+            }
+            Event::Text(_) => {}
+            Event::Finished(completion) => return Ok(*completion),
+        }
+    }
+    Err(Error::Stopped("the question has no answer".to_owned()).into())
+}

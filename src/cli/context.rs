@@ -1,0 +1,250 @@
+//! Arguments that commands share, and what they stand for.
+
+use std::{
+    env,
+    ffi::OsString,
+    io,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
+
+use clap::ValueEnum;
+
+use crate::engine::{Engine, EngineOptions};
+use crate::error::{Error, Result};
+use crate::generate::params::{GenerateParams, Sampling};
+use crate::image::{Limits, read_file, read_stream};
+use crate::model::ModelOptions;
+use crate::model::vision::ImageInput;
+use crate::package::ModelPackage;
+use crate::package::manifest::Fit;
+use crate::runtime::{LibraryOptions, Runtime};
+
+/// What every command takes.
+#[derive(Debug, Default, clap::Args)]
+pub(super) struct Context {
+    /// Never touch the network
+    #[arg(long, global = true, env = "LLAVA_PHI_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
+    offline: bool,
+
+    /// The ONNX Runtime library to use, instead of searching for one
+    #[arg(long, global = true, value_name = "FILE")]
+    runtime_library: Option<PathBuf>,
+}
+
+impl Context {
+    /// Where ONNX Runtime is looked for.
+    pub(super) fn library(&self) -> LibraryOptions {
+        LibraryOptions {
+            explicit: self.runtime_library.clone(),
+            environment: path_variable("ORT_DYLIB_PATH"),
+            executable_dir: env::current_exe().ok().and_then(|file| file.parent().map(Path::to_owned)),
+            python_environment: path_variable("VIRTUAL_ENV"),
+            offline: self.offline,
+            ..LibraryOptions::default()
+        }
+    }
+
+    /// Starts ONNX Runtime, with a notice when it has to be fetched.
+    pub(super) fn start_runtime(&self) -> Result<&'static Runtime> {
+        Runtime::start(&self.library(), &mut super::runtime::progress())
+    }
+
+    /// Which ONNX Runtime would be used, without fetching one.
+    pub(super) fn runtime_version(&self) -> String {
+        let options = LibraryOptions { offline: true, ..self.library() };
+        match Runtime::start(&options, &mut |_| {}) {
+            Ok(runtime) => format!("ONNX Runtime {}", runtime.version()),
+            Err(_) => "ONNX Runtime is not installed; it is fetched when it is first needed".to_owned(),
+        }
+    }
+}
+
+fn path_variable(name: &str) -> Option<PathBuf> {
+    env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// Which model answers, and how images are read.
+#[derive(Debug, clap::Args)]
+pub(super) struct ModelArguments {
+    /// The package's directory; the miniature model inside this program otherwise
+    #[arg(long, value_name = "DIR", env = "LLAVA_PHI_MODEL")]
+    model: Option<PathBuf>,
+
+    /// Run every component from this variant, instead of the manifest's best
+    #[arg(long)]
+    variant: Option<String>,
+
+    /// Threads of one graph; ONNX Runtime's own choice otherwise
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
+    threads: Option<NonZeroUsize>,
+
+    /// Read the prompt in runs of at most this many positions; all at once otherwise
+    #[arg(long, value_name = "POSITIONS")]
+    prefill_chunk: Option<NonZeroUsize>,
+
+    /// How a picture that is not square is made so; `auto` is what the model was trained with
+    #[arg(long, value_enum, default_value_t = ImageMode::Auto)]
+    image_mode: ImageMode,
+
+    /// The most bytes that an image file may have
+    #[arg(long, value_name = "N", default_value_t = Limits::default().max_bytes)]
+    max_image_bytes: u64,
+
+    /// The most pixels that an image may have
+    #[arg(long, value_name = "N", default_value_t = Limits::default().max_pixels)]
+    max_image_pixels: u64,
+}
+
+/// Reads a number of threads that the machine can use: far more of them stand in each other's way for ever.
+fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
+    let most = thread::available_parallelism().map_or(1, NonZeroUsize::get).saturating_mul(4);
+    match text.parse::<NonZeroUsize>() {
+        Ok(threads) if threads.get() <= most => Ok(threads),
+        _ => Err(format!("give 1 to {most} threads, four for each processor at most")),
+    }
+}
+
+/// How a picture that is not square is made so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ImageMode {
+    /// As the manifest says
+    Auto,
+    /// The middle is kept
+    Crop,
+    /// The shorter side is padded
+    Pad,
+}
+
+impl ModelArguments {
+    pub(super) fn package(&self) -> Result<ModelPackage> {
+        open_package(self.model.as_deref())
+    }
+
+    /// Opens the package and the engine over it.
+    pub(super) fn open_engine(&self, context: &Context) -> Result<Engine> {
+        let package = self.package()?;
+        context.start_runtime()?;
+        let options =
+            EngineOptions { library: context.library(), model: self.model_options(), limits: self.limits() };
+        Engine::open(&package, &options)
+    }
+
+    pub(super) fn model_options(&self) -> ModelOptions {
+        ModelOptions {
+            variant: self.variant.clone(),
+            threads: self.threads.map(NonZeroUsize::get),
+            prefill_chunk: self.prefill_chunk.map(NonZeroUsize::get),
+        }
+    }
+
+    pub(super) fn limits(&self) -> Limits {
+        Limits { max_bytes: self.max_image_bytes, max_pixels: self.max_image_pixels }
+    }
+
+    pub(super) fn fit(&self) -> Option<Fit> {
+        match self.image_mode {
+            ImageMode::Auto => None,
+            ImageMode::Crop => Some(Fit::CenterCrop),
+            ImageMode::Pad => Some(Fit::Pad),
+        }
+    }
+
+    /// Reads the images at `paths`, of which one may be `-` for standard input.
+    pub(super) fn images(&self, engine: &Engine, paths: &[OsString]) -> Result<Vec<Arc<ImageInput>>> {
+        if paths.iter().filter(|path| *path == STDIN).count() > 1 {
+            return Err(Error::Request("standard input holds one image; give `-` only once".to_owned()));
+        }
+        paths.iter().map(|path| self.image(engine, path)).collect()
+    }
+
+    fn image(&self, engine: &Engine, path: &OsString) -> Result<Arc<ImageInput>> {
+        let (name, bytes) = self.read_image(path)?;
+        engine.prepare_image(&name, &bytes, self.fit())
+    }
+
+    /// Reads the image file at `path`, or from standard input for `-`; gives what errors call it, and its bytes.
+    pub(super) fn read_image(&self, path: &OsString) -> Result<(String, Vec<u8>)> {
+        if path == STDIN {
+            let name = "stdin".to_owned();
+            return read_stream(&name, io::stdin().lock(), &self.limits()).map(|bytes| (name, bytes));
+        }
+        let path = Path::new(path);
+        read_file(path, &self.limits()).map(|bytes| (path.display().to_string(), bytes))
+    }
+}
+
+/// Refuses a question of nothing but white space.
+pub(super) fn check_question(question: &str) -> Result<()> {
+    if question.trim().is_empty() {
+        return Err(Error::Request("the question is empty; ask something".to_owned()));
+    }
+    Ok(())
+}
+
+/// The path that stands for standard input.
+pub(super) const STDIN: &str = "-";
+
+/// The package in `directory`, or the one inside this program.
+pub(super) fn open_package(directory: Option<&Path>) -> Result<ModelPackage> {
+    directory.map_or_else(ModelPackage::embedded, ModelPackage::open)
+}
+
+/// How an answer is made.
+#[derive(Debug, clap::Args)]
+pub(super) struct GenerationArguments {
+    /// The system text, instead of the one that the model was trained with
+    #[arg(long, value_name = "TEXT")]
+    pub(super) system: Option<String>,
+
+    /// The most tokens of an answer; what the context leaves otherwise
+    #[arg(long, value_name = "N")]
+    max_new_tokens: Option<usize>,
+
+    /// Sample at this temperature; 0 or nothing takes the likeliest token
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+
+    /// Sample among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+
+    /// Sample among this many of the likeliest tokens
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+
+    /// Sample among tokens that are at least this likely, relative to the likeliest
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    min_p: Option<f32>,
+
+    /// Divide the score of tokens that occurred by this
+    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
+    repetition_penalty: f32,
+
+    /// Seed of the sampling; the same seed gives the same answer on every platform
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+
+    /// End the answer before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+}
+
+impl GenerationArguments {
+    /// The parameters, checked against each other.
+    pub(super) fn params(&self) -> Result<GenerateParams> {
+        let sampling = Sampling::from_options(self.temperature, self.top_p, self.top_k, self.min_p)?;
+        let seed = sampling.seed(self.seed)?;
+        let params = GenerateParams {
+            max_new_tokens: self.max_new_tokens,
+            sampling,
+            repetition_penalty: self.repetition_penalty,
+            stop: self.stop.clone(),
+            seed,
+        };
+        params.validate()?;
+        Ok(params)
+    }
+}

@@ -1,0 +1,151 @@
+//! What an answer took: for a person on standard error, for a program in JSON.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use crate::engine::event::Completion;
+use crate::generate::sequence::FinishReason;
+use crate::model::ComponentReport;
+use crate::package::Component;
+use crate::runtime::Refusal;
+use crate::text::TokenId;
+
+/// One answer as a JSON object.
+#[derive(Debug, Serialize)]
+pub(super) struct Answer<'a> {
+    text: &'a str,
+    token_ids: &'a [TokenId],
+    finish_reason: FinishReason,
+    usage: Positions,
+    timings_ms: TimingsMs,
+    providers: BTreeMap<&'static str, Served<'a>>,
+    model: &'a str,
+}
+
+/// Positions that were read and written.
+#[derive(Debug, Serialize)]
+#[allow(clippy::struct_field_names)] // These are the keys of the JSON object.
+struct Positions {
+    prompt_tokens: usize,
+    image_tokens: usize,
+    completion_tokens: usize,
+}
+
+/// What ran a component.
+#[derive(Debug, Serialize)]
+struct Served<'a> {
+    provider: &'static str,
+    variant: &'a str,
+    refused: &'a [Refusal],
+}
+
+/// Milliseconds of each step.
+#[derive(Debug, Serialize)]
+struct TimingsMs {
+    load: f64,
+    preprocess: f64,
+    vision: f64,
+    prefill: f64,
+    decode: f64,
+    total: f64,
+}
+
+/// Times outside the engine.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Outside {
+    /// Opening the engine; zero for an answer after the first.
+    pub(super) load: Duration,
+    /// Reading, decoding and resizing images.
+    pub(super) preprocess: Duration,
+}
+
+impl<'a> Answer<'a> {
+    pub(super) fn new(
+        completion: &'a Completion,
+        outside: Outside,
+        reports: &'a [ComponentReport],
+        model: &'a str,
+    ) -> Self {
+        let Completion { timings, usage, .. } = completion;
+        let total = outside.load + outside.preprocess + timings.vision + timings.prefill + timings.decode;
+        Self {
+            text: &completion.text,
+            token_ids: &completion.token_ids,
+            finish_reason: completion.finish_reason,
+            usage: Positions {
+                prompt_tokens: usage.prompt_tokens,
+                image_tokens: usage.image_tokens,
+                completion_tokens: usage.completion_tokens,
+            },
+            timings_ms: TimingsMs {
+                load: milliseconds(outside.load),
+                preprocess: milliseconds(outside.preprocess),
+                vision: milliseconds(timings.vision),
+                prefill: milliseconds(timings.prefill),
+                decode: milliseconds(timings.decode),
+                total: milliseconds(total),
+            },
+            providers: reports.iter().map(|report| (short_name(report.component), served(report))).collect(),
+            model,
+        }
+    }
+}
+
+fn served(report: &ComponentReport) -> Served<'_> {
+    Served {
+        provider: report.provider.chosen.name(),
+        variant: &report.variant,
+        refused: &report.provider.refused,
+    }
+}
+
+fn short_name(component: Component) -> &'static str {
+    match component {
+        Component::VisionEncoder => "vision",
+        Component::Projector => "projector",
+        Component::Decoder => "decoder",
+    }
+}
+
+/// Rounded to a microsecond: more digits are noise.
+pub(super) fn milliseconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// Writes one line about an answer.
+pub(super) fn print(
+    out: &mut impl Write,
+    completion: &Completion,
+    outside: Outside,
+    reports: &[ComponentReport],
+) -> io::Result<()> {
+    let Completion { usage, timings, .. } = completion;
+    write!(
+        out,
+        "first token {:.0} ms (load {:.0}, image {:.0}, prompt {:.0})",
+        milliseconds(outside.load + outside.preprocess + timings.first_token()),
+        milliseconds(outside.load),
+        milliseconds(outside.preprocess + timings.vision),
+        milliseconds(timings.prefill)
+    )?;
+    if let Some(speed) = timings.tokens_per_second(usage.completion_tokens) {
+        write!(out, ", {speed:.1} tokens/s")?;
+    }
+    write!(out, ", {} + {} tokens", usage.prompt_tokens, usage.completion_tokens)?;
+    if usage.cached_tokens > 0 {
+        write!(out, " ({} not read again)", usage.cached_tokens)?;
+    }
+    for report in reports {
+        let component = short_name(report.component);
+        write!(out, "; {component} {} {}", report.provider.chosen, report.variant)?;
+        for refusal in &report.provider.refused {
+            write!(out, " (not {}: {})", refusal.provider, refusal.reason)?;
+        }
+    }
+    writeln!(out)
+}

@@ -1,0 +1,136 @@
+//! `llava-phi inspect`: what a package holds and what it will take.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use serde::Serialize;
+
+use super::context::{self, Context};
+use crate::package::manifest::{FileInfo, Manifest};
+use crate::package::plan::MemoryPlan;
+use crate::package::{Component, ModelPackage};
+
+/// What `inspect` takes.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// The package's directory; the miniature model inside this program otherwise
+    #[arg(env = "LLAVA_PHI_MODEL")]
+    model: Option<PathBuf>,
+
+    /// Hash every file, whatever its size
+    #[arg(long)]
+    verify: bool,
+
+    /// Plan the memory of this variant instead of the best one
+    #[arg(long)]
+    variant: Option<String>,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is known of a package.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    name: &'a str,
+    location: String,
+    bytes: u64,
+    verified: bool,
+    manifest: &'a Manifest,
+    memory: MemoryPlan,
+}
+
+pub(super) fn run(arguments: &Arguments, _context: &Context) -> anyhow::Result<ExitCode> {
+    let package = context::open_package(arguments.model.as_deref())?;
+    if arguments.verify {
+        package.verify()?;
+    }
+    let manifest = package.manifest();
+    let report = Report {
+        name: &manifest.name,
+        location: package
+            .directory()
+            .map_or_else(|| "inside this program".to_owned(), |d| d.display().to_string()),
+        bytes: manifest.files.values().map(|file| file.bytes).sum(),
+        verified: arguments.verify,
+        manifest,
+        memory: MemoryPlan::new(&package, arguments.variant.as_deref())?,
+    };
+    let mut out = io::stdout().lock();
+    if arguments.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+    } else {
+        person(&mut out, &package, &report)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn person(out: &mut impl Write, package: &ModelPackage, report: &Report<'_>) -> io::Result<()> {
+    let Manifest { source, image, text, vision, decoder, variants, files, .. } = report.manifest;
+    writeln!(out, "{}  {}  {}", report.name, megabytes(report.bytes), report.location)?;
+    writeln!(
+        out,
+        "exported by {} from a {} checkpoint {}",
+        source.exporter, source.checkpoint, source.sha256
+    )?;
+    writeln!(out, "\nsizes")?;
+    writeln!(out, "  image       {0} x {0}, {1} positions", image.size, vision.tokens_per_image)?;
+    writeln!(
+        out,
+        "  decoder     {} layers, hidden {}, {} heads of {}",
+        decoder.layers, decoder.hidden, decoder.kv_heads, decoder.head_dim
+    )?;
+    writeln!(out, "  context     {} positions", decoder.context)?;
+    writeln!(out, "  vocabulary  {} tokens, {} logits", text.vocabulary, decoder.logits_width)?;
+    writeln!(out, "\nvariants")?;
+    for name in variants.keys() {
+        let serves = Component::ALL.into_iter().filter(|component| {
+            component.choices(&report.manifest.serve).iter().any(|choice| &choice.variant == name)
+        });
+        let has: Vec<String> = serves
+            .filter_map(|component| package.graph(component, name).map(|graph| (component, graph)))
+            .map(|(component, (_, kv))| match kv {
+                Some(kv) => format!("{} (cache {:?} {})", component.name(), kv.form, kv.dtype).to_lowercase(),
+                None => component.name().to_owned(),
+            })
+            .collect();
+        writeln!(out, "  {name}: {}", has.join(", "))?;
+    }
+    writeln!(out, "\nmemory")?;
+    for weights in &report.memory.weights {
+        writeln!(out, "  {:<24} {:>12}  {}", weights.component, megabytes(weights.bytes), weights.variant)?;
+    }
+    let lines: BTreeMap<_, _> = BTreeMap::from([
+        ("cache of a full context", report.memory.kv_full),
+        ("cache of one position", report.memory.kv_per_position),
+        ("embeddings, mapped", report.memory.embedding),
+        ("engine's own buffers", report.memory.scratch),
+    ]);
+    for (what, bytes) in lines {
+        writeln!(out, "  {what:<24} {:>12}", megabytes(bytes))?;
+    }
+    writeln!(out, "\nfiles{}", if report.verified { ", every hash checked" } else { "" })?;
+    for (name, FileInfo { bytes, sha256 }) in files {
+        writeln!(out, "  {name:<36} {:>12}  {}", megabytes(*bytes), &sha256[..sha256.len().min(16)])?;
+    }
+    Ok(())
+}
+
+/// Bytes for a person: decimal, three digits.
+fn megabytes(bytes: u64) -> String {
+    let (unit, size) = [("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1000)]
+        .into_iter()
+        .find(|(_, size)| bytes >= *size)
+        .unwrap_or(("B", 1));
+    if size == 1 {
+        return format!("{bytes} B");
+    }
+    // Tenths by integer arithmetic: a size is not worth a lossy cast.
+    let tenths = bytes / (size / 10);
+    format!("{}.{} {unit}", tenths / 10, tenths % 10)
+}

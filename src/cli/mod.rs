@@ -1,0 +1,172 @@
+//! The `llava-phi` program: what its commands share.
+
+mod ask;
+mod batch;
+mod chat;
+mod context;
+mod figures;
+mod inspect;
+mod interrupt;
+mod runtime;
+mod trace;
+
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap_complete::Shell;
+use tracing_subscriber::EnvFilter;
+
+use crate::error::{Error, ErrorKind};
+use context::Context;
+
+/// Runs the LLaVA-Phi vision-language model anywhere ONNX Runtime runs.
+///
+/// Without --model, the miniature model inside this program answers.
+#[derive(Debug, Parser)]
+#[command(name = "llava-phi", version, propagate_version = true, after_help = EXIT_CODES)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+
+    #[command(flatten)]
+    context: Context,
+}
+
+const EXIT_CODES: &str = "\
+LLAVA_PHI_LOG=debug tells on standard error what happens inside.
+
+Exit codes:
+  0    the answer is complete
+  1    something failed that should not have
+  2    the arguments, an image or a question cannot be used
+  3    the package, ONNX Runtime or a provider cannot be used
+  130  stopped by Ctrl-C";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Ask one question, about images or none
+    Ask(ask::Arguments),
+    /// Hold a conversation in the terminal
+    Chat(chat::Arguments),
+    /// Answer many questions: JSON lines in, JSON lines out
+    Batch(batch::Arguments),
+    /// Show what a package holds and what it will take
+    Inspect(inspect::Arguments),
+    /// Walk one image through every stage: shapes, ranges, times
+    Trace(trace::Arguments),
+    /// Show or install ONNX Runtime
+    Runtime(runtime::RuntimeArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// Parses the arguments, runs the command and gives the exit code.
+#[must_use]
+pub fn main() -> ExitCode {
+    let parsed = command().try_get_matches().and_then(|matches| Arguments::from_arg_matches(&matches));
+    let arguments = match parsed {
+        Ok(arguments) => arguments,
+        Err(error) => return misuse(&error),
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_env("LLAVA_PHI_LOG").unwrap_or_else(|_| EnvFilter::new("off")))
+        .with_writer(io::stderr)
+        .init();
+    match run(arguments) {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Standard error may be closed; there is nowhere else to say so.
+            let _ = writeln!(io::stderr(), "error: {}", sentence(&error));
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// The arguments, with the version of ONNX Runtime in the version's text.
+fn command() -> clap::Command {
+    let asked = std::env::args_os().any(|word| word == "--version" || word == "-V");
+    let runtime = if asked { Context::default().runtime_version() } else { String::new() };
+    Arguments::command().version(format!("{}\n{runtime}", env!("CARGO_PKG_VERSION")))
+}
+
+fn run(Arguments { command, context }: Arguments) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Ask(arguments) => ask::run(&arguments, &context),
+        Command::Chat(arguments) => chat::run(&arguments, &context),
+        Command::Batch(arguments) => batch::run(&arguments, &context),
+        Command::Inspect(arguments) => inspect::run(&arguments, &context),
+        Command::Trace(arguments) => trace::run(&arguments, &context),
+        Command::Runtime(arguments) => {
+            runtime::run(&arguments, &context.library())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Completions { shell } => {
+            // Written at once: the generator panics when its reader goes away.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "llava-phi", &mut script);
+            io::stdout().write_all(&script)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Prints help or a version where it was asked for, and what is wrong with the arguments in one line.
+fn misuse(error: &clap::Error) -> ExitCode {
+    let code = u8::try_from(error.exit_code()).unwrap_or(2);
+    if !error.use_stderr() || error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+    {
+        // Whoever asked for help and closed the pipe has seen enough.
+        let _ = error.print();
+        return ExitCode::from(code);
+    }
+    let text = error.render().to_string();
+    let fault = text.split("\n\nUsage:").next().unwrap_or(&text);
+    let fault = fault.split("\n\nFor more information").next().unwrap_or(fault);
+    let _ = writeln!(io::stderr(), "{}; --help lists what can be given", one_line(fault));
+    ExitCode::from(code)
+}
+
+/// An error as one line: what failed, and what lies below it in brackets.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut causes: Vec<String> = Vec::new();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        // Some libraries repeat the cause in their own text.
+        if causes.last().is_none_or(|above| !above.contains(&cause)) {
+            causes.push(cause);
+        }
+    }
+    let below = if causes.is_empty() { String::new() } else { format!(" ({})", causes.join(": ")) };
+    one_line(&format!("{error}{below}"))
+}
+
+fn one_line(text: &str) -> String {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines.collect::<Vec<_>>().join(" ").replace(" tip: ", "; ")
+}
+
+/// Exit code of a command that Ctrl-C stopped.
+const INTERRUPTED: u8 = 130;
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    match error.chain().find_map(|cause| cause.downcast_ref::<Error>()).map(Error::kind) {
+        Some(ErrorKind::Request) => 2,
+        Some(ErrorKind::Package | ErrorKind::Provider) => 3,
+        Some(ErrorKind::Cancelled) => INTERRUPTED,
+        Some(ErrorKind::Runtime) | None => 1,
+    }
+}
+
+/// A reader that went away, as in `llava-phi ... | head`, is not a failure.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
