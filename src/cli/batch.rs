@@ -75,7 +75,6 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
     let mut last_images = LastImages::default();
     let mut failures = 0_usize;
     for question in &open {
-        // A token of its own: the stream of an answer cancels it when it ends.
         let cancel = CancelToken::new();
         let result = interrupt::cancels(&cancel, || {
             ask(arguments, &engine, question, &params, &cancel, &mut last_images)
