@@ -9,6 +9,8 @@ use llava_phi::runtime::library::{self, Origin};
 use llava_phi::runtime::{LibraryOptions, LibraryVariant, Runtime, fetch};
 use tempfile::TempDir;
 
+use crate::support;
+
 /// The library's name on this system, with a version in it.
 fn name(version: &str) -> String {
     match std::env::consts::OS {
@@ -24,16 +26,8 @@ fn put(path: &Path, bytes: &[u8]) -> PathBuf {
     path.to_owned()
 }
 
-/// ONNX Runtime, as the program finds it; this is the one test that may fetch it.
 fn start() -> &'static Runtime {
-    let value = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let options = LibraryOptions {
-        environment: value("ORT_DYLIB_PATH"),
-        cache: LibraryOptions::default_cache(),
-        python_environment: value("VIRTUAL_ENV"),
-        ..LibraryOptions::default()
-    };
-    Runtime::start(&options, &mut |_| {}).unwrap()
+    Runtime::start(&support::library(), &mut |_| {}).unwrap()
 }
 
 fn running() -> PathBuf {
@@ -88,7 +82,9 @@ fn the_highest_version_in_a_directory_comes_first() {
     for version in ["1.9.0", "1.32.0", "1.4.1"] {
         put(&dir.path().join(name(version)), b"x");
     }
-    let options = LibraryOptions { executable_dir: Some(dir.path().to_owned()), ..LibraryOptions::default() };
+    // The user's own cache may hold a library too.
+    let executable_dir = Some(dir.path().to_owned());
+    let options = LibraryOptions { executable_dir, cache: None, ..LibraryOptions::default() };
     let names: Vec<_> = library::candidates(&options)
         .into_iter()
         .map(|one| one.path.file_name().unwrap().to_str().unwrap().to_owned())
