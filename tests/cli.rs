@@ -8,9 +8,11 @@ use std::{
 };
 
 use assert_cmd::Command;
-use llava_phi::runtime::{LibraryOptions, Runtime};
+use llava_phi::runtime::Runtime;
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::support;
 
 const PHOTO: &str = "tests/images/photo.jpg";
 const NOT_SQUARE: &str = "tests/images/rgb.bmp";
@@ -27,15 +29,7 @@ struct Run {
 /// ONNX Runtime as the other tests find it; the program is then told where it is.
 fn library() -> Option<&'static Path> {
     static LIBRARY: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let find = || {
-        let value = |name: &str| std::env::var_os(name).map(PathBuf::from);
-        let options = LibraryOptions {
-            environment: value("ORT_DYLIB_PATH"),
-            python_environment: value("VIRTUAL_ENV"),
-            ..LibraryOptions::default()
-        };
-        Runtime::start(&options, &mut |_| {}).unwrap().library().path.clone()
-    };
+    let find = || Runtime::start(&support::library(), &mut |_| {}).unwrap().library().path.clone();
     LIBRARY.get_or_init(find).as_deref()
 }
 

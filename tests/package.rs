@@ -12,13 +12,14 @@ use llava_phi::{
     generate::params::GenerateParams,
     model::ModelOptions,
     package::{MANIFEST, ModelPackage},
-    runtime::LibraryOptions,
     text::Piece,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
+
+use crate::support;
 
 /// A copy of the miniature package.
 struct Copy {
@@ -80,12 +81,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 fn engine(package: &ModelPackage, variant: Option<&str>) -> Result<Engine, Error> {
-    let value = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let library = LibraryOptions {
-        environment: value("ORT_DYLIB_PATH"),
-        python_environment: value("VIRTUAL_ENV"),
-        ..LibraryOptions::default()
-    };
+    let library = support::library();
     let model = ModelOptions { variant: variant.map(str::to_owned), ..ModelOptions::default() };
     Engine::open(package, &EngineOptions { library, model, ..EngineOptions::default() })
 }

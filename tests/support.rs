@@ -24,11 +24,11 @@ pub(crate) fn package() -> &'static ModelPackage {
     PACKAGE.get_or_init(|| ModelPackage::embedded().unwrap())
 }
 
-fn library() -> LibraryOptions {
+/// ONNX Runtime as the program finds it; the first test that needs it may fetch it.
+pub(crate) fn library() -> LibraryOptions {
     let value = |name: &str| std::env::var_os(name).map(PathBuf::from);
     LibraryOptions {
         environment: value("ORT_DYLIB_PATH"),
-        cache: LibraryOptions::default_cache(),
         python_environment: value("VIRTUAL_ENV"),
         ..LibraryOptions::default()
     }

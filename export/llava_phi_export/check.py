@@ -51,10 +51,7 @@ def check(
         steps = Difference("logits, each step", None if rounds else tolerance)
         greedy = Answers("the checkpoint", not rounds)
         for case, embeds, answer in zip(cases, given, answers, strict=True):
-            found = runner.forced(embeds, answer.ids)
-            logits.add(found[0], answer.logits[0])
-            steps.add(found, answer.logits)
-            greedy.add(case.name, found.argmax(-1), answer.ids, answer.logits)
+            _follow(runner, case, embeds, answer, logits, steps, greedy)
         report.differences += [logits, steps]
         report.answers.append(greedy)
         reports.append(report)
@@ -74,12 +71,19 @@ def _against_dequantized(reference, runner: Runner, report: Report, cases, expec
     greedy = Answers("the dequantised weights", False)
     for case, stages, embeds in zip(cases, expected, given, strict=True):
         answer = reference.greedy(stages["embeds"], tokens)
-        found = runner.forced(embeds, answer.ids)
-        logits.add(found[0], answer.logits[0])
-        steps.add(found, answer.logits)
-        greedy.add(case.name, found.argmax(-1), answer.ids, answer.logits)
+        _follow(runner, case, embeds, answer, logits, steps, greedy)
     report.differences += [logits, steps]
     report.answers.append(greedy)
+
+
+def _follow(
+    runner: Runner, case: Sample, embeds, answer, logits: Difference, steps: Difference, greedy: Answers
+) -> None:
+    """Feeds the reference's own tokens to the package and adds what differs on the way."""
+    found = runner.forced(embeds, answer.ids)
+    logits.add(found[0], answer.logits[0])
+    steps.add(found, answer.logits)
+    greedy.add(case.name, found.argmax(-1), answer.ids, answer.logits)
 
 
 def _expected(reference, case: Sample, tokens: int) -> dict:

@@ -8,7 +8,7 @@ pub mod template;
 use std::{ops::ControlFlow, sync::Arc};
 
 use crate::engine::cancel::CancelToken;
-use crate::engine::event::{Completion, Event};
+use crate::engine::event::Completion;
 use crate::engine::{Engine, Request};
 use crate::error::{Error, Result};
 use crate::generate::params::GenerateParams;
@@ -72,14 +72,7 @@ impl Chat {
         let prompt = self.engine.prompt(&pieces)?;
         let images = self.images.iter().map(|image| Arc::clone(image.input())).collect();
         let request = Request { prompt, images, params, cancel: cancel.clone() };
-        for event in self.engine.generate(request)? {
-            match event? {
-                Event::Text(text) if on_text(&text).is_break() => cancel.cancel(),
-                Event::Text(_) => {}
-                Event::Finished(completion) => return Ok(*completion),
-            }
-        }
-        Err(Error::Stopped("the question has no answer".to_owned()))
+        self.engine.generate(request)?.complete_with(on_text)
     }
 
     /// An answer as the conversation keeps it: by its tokens, unless a stop string cut the text short of them.

@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     io::{self, Write as _},
+    ops::ControlFlow,
     path::Path,
     process::ExitCode,
     time::Instant,
@@ -13,10 +14,7 @@ use anyhow::Context as _;
 use super::context::{self, Context, GenerationArguments, ModelArguments};
 use super::figures::{self, Answer, Outside};
 use super::interrupt;
-use crate::chat::conversation::{Message, Part};
-use crate::chat::template;
-use crate::engine::cancel::CancelToken;
-use crate::engine::event::{Completion, Event};
+use crate::engine::event::Completion;
 use crate::engine::{Engine, Request};
 use crate::error::{Error, Result};
 use crate::generate::sequence::FinishReason;
@@ -48,14 +46,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
     let images = arguments.model.images(&engine, images)?;
     let outside = Outside { load: engine.load_time(), preprocess: begin.elapsed() };
 
-    let parts = (0..images.len()).map(Part::Image).chain([Part::Text(question.to_owned())]);
-    let pieces = template::render(
-        &engine.facts().template,
-        arguments.generation.system.as_deref(),
-        &[Message::user(parts)],
-    )?;
-    let cancel = CancelToken::new();
-    let request = Request { prompt: engine.prompt(&pieces)?, images, params, cancel: cancel.clone() };
+    let request = arguments.generation.request(&engine, images, question, params)?;
+    let cancel = request.cancel.clone();
     let completion = interrupt::cancels(&cancel, || answer(&engine, request, !arguments.json))?;
 
     if arguments.json {
@@ -91,15 +83,13 @@ fn question_of(words: &[OsString]) -> Result<(&str, &[OsString])> {
 /// Runs `request`, writing text to standard output as it comes when `stream` is set.
 fn answer(engine: &Engine, request: Request, stream: bool) -> anyhow::Result<Completion> {
     let mut stdout = io::stdout();
-    for event in engine.generate(request)? {
-        match event? {
-            Event::Text(text) if stream => {
-                write!(stdout, "{text}")?;
-                stdout.flush()?;
-            }
-            Event::Text(_) => {}
-            Event::Finished(completion) => return Ok(*completion),
+    let mut written = Ok(());
+    let completion = engine.generate(request)?.complete_with(|text| {
+        if stream {
+            written = write!(stdout, "{text}").and_then(|()| stdout.flush());
         }
-    }
-    Err(Error::Stopped("the question has no answer".to_owned()).into())
+        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })?;
+    written?;
+    Ok(completion)
 }

@@ -19,10 +19,7 @@ use serde_json::{Value, json};
 use super::context::{self, Context, GenerationArguments, ModelArguments};
 use super::figures::{Answer, Outside};
 use super::interrupt;
-use crate::chat::conversation::{Message, Part};
-use crate::chat::template;
-use crate::engine::cancel::CancelToken;
-use crate::engine::{Engine, Request};
+use crate::engine::Engine;
 use crate::error::Error;
 use crate::generate::params::GenerateParams;
 use crate::generate::sequence::FinishReason;
@@ -75,10 +72,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
     let mut last_images = LastImages::default();
     let mut failures = 0_usize;
     for question in &open {
-        let cancel = CancelToken::new();
-        let result = interrupt::cancels(&cancel, || {
-            ask(arguments, &engine, question, &params, &cancel, &mut last_images)
-        });
+        let result = ask(arguments, &engine, question, &params, &mut last_images);
         let mut line = match result {
             Ok(Some(line)) => line,
             Ok(None) => return Ok(ExitCode::from(super::INTERRUPTED)),
@@ -119,7 +113,6 @@ fn ask(
     engine: &Engine,
     question: &Question,
     params: &GenerateParams,
-    cancel: &CancelToken,
     last: &mut LastImages,
 ) -> anyhow::Result<Option<Value>> {
     context::check_question(&question.text)?;
@@ -131,13 +124,8 @@ fn ask(
     }
     let images = last.images.clone();
     let outside = Outside { load: Duration::ZERO, preprocess: begin.elapsed() };
-    let parts = (0..images.len()).map(Part::Image).chain([Part::Text(question.text.clone())]);
-    let message = Message::user(parts);
-    let system = arguments.generation.system.as_deref();
-    let pieces = template::render(&engine.facts().template, system, &[message])?;
-    let request =
-        Request { prompt: engine.prompt(&pieces)?, images, params: params.clone(), cancel: cancel.clone() };
-    let completion = engine.generate(request)?.complete()?;
+    let request = arguments.generation.request(engine, images, &question.text, params.clone())?;
+    let completion = interrupt::cancels(&request.cancel.clone(), || engine.generate(request)?.complete())?;
     if completion.finish_reason == FinishReason::Cancelled {
         return Ok(None);
     }

@@ -12,7 +12,10 @@ use std::{
 
 use clap::ValueEnum;
 
-use crate::engine::{Engine, EngineOptions};
+use crate::chat::conversation::{Message, Part};
+use crate::chat::template;
+use crate::engine::cancel::CancelToken;
+use crate::engine::{Engine, EngineOptions, Request};
 use crate::error::{Error, Result};
 use crate::generate::params::{GenerateParams, Sampling};
 use crate::image::{Limits, read_file, read_stream};
@@ -233,6 +236,20 @@ pub(super) struct GenerationArguments {
 }
 
 impl GenerationArguments {
+    /// A single question about `images`, which stand before it, and its parameters.
+    pub(super) fn request(
+        &self,
+        engine: &Engine,
+        images: Vec<Arc<ImageInput>>,
+        question: &str,
+        params: GenerateParams,
+    ) -> Result<Request> {
+        let parts = (0..images.len()).map(Part::Image).chain([Part::Text(question.to_owned())]);
+        let message = Message::user(parts);
+        let pieces = template::render(&engine.facts().template, self.system.as_deref(), &[message])?;
+        Ok(Request { prompt: engine.prompt(&pieces)?, images, params, cancel: CancelToken::new() })
+    }
+
     /// The parameters, checked against each other.
     pub(super) fn params(&self) -> Result<GenerateParams> {
         let sampling = Sampling::from_options(self.temperature, self.top_p, self.top_k, self.min_p)?;

@@ -29,10 +29,21 @@ impl GenerationStream {
     ///
     /// # Errors
     /// The request's own error, and [`Error::Stopped`] when the engine ended without an answer.
-    pub fn complete(mut self) -> Result<Completion> {
-        for event in &mut self {
-            if let Event::Finished(completion) = event? {
-                return Ok(*completion);
+    pub fn complete(self) -> Result<Completion> {
+        self.complete_with(|_| ControlFlow::Continue(()))
+    }
+
+    /// Waits for the end; `on_text` sees the pieces of text as they come. `Break` stops the request, and what was
+    /// answered so far is its completion.
+    ///
+    /// # Errors
+    /// As [`GenerationStream::complete`].
+    pub fn complete_with(mut self, mut on_text: impl FnMut(&str) -> ControlFlow<()>) -> Result<Completion> {
+        while let Some(event) = self.next() {
+            match event? {
+                Event::Text(text) if on_text(&text).is_break() => self.cancel.cancel(),
+                Event::Text(_) => {}
+                Event::Finished(completion) => return Ok(*completion),
             }
         }
         Err(Error::Stopped("the request has no answer".to_owned()))

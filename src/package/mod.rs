@@ -13,7 +13,7 @@ use std::{
 
 use crate::error::{Error, Result};
 use embedded::EmbeddedFiles;
-use manifest::{Choice, GraphSpec, KvSpec, Manifest, Serve};
+use manifest::{Choice, GraphSpec, KvSpec, Manifest, Serve, Variant};
 
 /// The file that makes a directory a package.
 pub const MANIFEST: &str = "manifest.json";
@@ -83,6 +83,15 @@ impl Component {
             Self::VisionEncoder => &serve.vision_encoder,
             Self::Projector => &serve.projector,
             Self::Decoder => &serve.decoder,
+        }
+    }
+
+    /// The graph of this component in `variant`, and how its cache is kept when it is the decoder.
+    fn graph(self, variant: &Variant) -> Option<(&GraphSpec, Option<KvSpec>)> {
+        match self {
+            Self::VisionEncoder => variant.vision_encoder.as_ref().map(|graph| (graph, None)),
+            Self::Projector => variant.projector.as_ref().map(|graph| (graph, None)),
+            Self::Decoder => variant.decoder.as_ref().map(|decoder| (&decoder.graph, Some(decoder.kv))),
         }
     }
 }
@@ -195,12 +204,7 @@ impl ModelPackage {
 
     /// The graph of `component` in variant `variant`, and how its cache is kept when it is the decoder.
     pub fn graph(&self, component: Component, variant: &str) -> Option<(&GraphSpec, Option<KvSpec>)> {
-        let variant = self.manifest.variants.get(variant)?;
-        match component {
-            Component::VisionEncoder => variant.vision_encoder.as_ref().map(|graph| (graph, None)),
-            Component::Projector => variant.projector.as_ref().map(|graph| (graph, None)),
-            Component::Decoder => variant.decoder.as_ref().map(|decoder| (&decoder.graph, Some(decoder.kv))),
-        }
+        component.graph(self.manifest.variants.get(variant)?)
     }
 
     /// What serves `component`, best first; only choices of `variant` when one is named.

@@ -11,6 +11,7 @@ use std::{
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use super::Component;
 use super::manifest::{
     DType, DecoderGraphSpec, Dim, EmbeddingSpec, FORMAT, FileInfo, GraphSpec, KvForm, Manifest, TensorSpec,
 };
@@ -91,33 +92,21 @@ fn names(faults: &mut Faults, manifest: &Manifest) {
             });
         }
     }
-    let served = [
-        ("vision_encoder", &manifest.serve.vision_encoder),
-        ("projector", &manifest.serve.projector),
-        ("decoder", &manifest.serve.decoder),
-    ];
-    for (component, choices) in served {
-        faults.check(!choices.is_empty(), || format!("nothing serves the {component}"));
+    for component in Component::ALL {
+        let (name, choices) = (component.name(), component.choices(&manifest.serve));
+        faults.check(!choices.is_empty(), || format!("nothing serves the {name}"));
         for choice in choices {
             let variant = manifest.variants.get(&choice.variant);
-            let has = variant.is_some_and(|variant| match component {
-                "vision_encoder" => variant.vision_encoder.is_some(),
-                "projector" => variant.projector.is_some(),
-                _ => variant.decoder.is_some(),
-            });
-            faults
-                .check(has, || format!("variant {:?} has no {component} but is to serve it", choice.variant));
+            let has = variant.is_some_and(|variant| component.graph(variant).is_some());
+            faults.check(has, || format!("variant {:?} has no {name} but is to serve it", choice.variant));
         }
     }
 }
 
 fn variant_graphs(manifest: &Manifest) -> impl Iterator<Item = (&String, &GraphSpec)> {
     manifest.variants.iter().flat_map(|(name, variant)| {
-        let decoder = variant.decoder.as_ref().map(|decoder| &decoder.graph);
-        [variant.vision_encoder.as_ref(), variant.projector.as_ref(), decoder]
-            .into_iter()
-            .flatten()
-            .map(move |graph| (name, graph))
+        let graphs = Component::ALL.into_iter().filter_map(|component| component.graph(variant));
+        graphs.map(move |(graph, _)| (name, graph))
     })
 }
 

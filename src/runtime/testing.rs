@@ -9,7 +9,6 @@ pub(crate) fn start() -> &'static Runtime {
     let value = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let options = LibraryOptions {
         environment: value("ORT_DYLIB_PATH"),
-        cache: LibraryOptions::default_cache(),
         python_environment: value("VIRTUAL_ENV"),
         ..LibraryOptions::default()
     };
