@@ -72,6 +72,24 @@ pub enum Error {
         /// ONNX Runtime's own failure, if there is one.
         source: Option<Source>,
     },
+    /// What providers compiled cannot be kept or read.
+    #[error("cache {}: {reason}", .path.display())]
+    Cache {
+        /// The cache's directory, or the file in it that is at fault.
+        path: PathBuf,
+        /// What is wrong and what to do next.
+        reason: String,
+        /// The failure below, if there is one.
+        source: Option<Source>,
+    },
+    /// A graph ran and gave what no answer can be made of. Another variant or provider may do better.
+    #[error("graph {graph}: {reason}; try another variant or provider")]
+    Unsound {
+        /// The component: `vision_encoder`, `projector` or `decoder`.
+        graph: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The work was given up because the caller asked for it.
     #[error("cancelled")]
     Cancelled,
@@ -101,8 +119,8 @@ impl Error {
         match self {
             Self::Image { .. } | Self::Request(_) | Self::TooLong { .. } => ErrorKind::Request,
             Self::Package { .. } => ErrorKind::Package,
-            Self::Library { .. } | Self::Provider { .. } => ErrorKind::Provider,
-            Self::Graph { .. } | Self::Stopped(_) => ErrorKind::Runtime,
+            Self::Library { .. } | Self::Provider { .. } | Self::Cache { .. } => ErrorKind::Provider,
+            Self::Graph { .. } | Self::Unsound { .. } | Self::Stopped(_) => ErrorKind::Runtime,
             Self::Cancelled => ErrorKind::Cancelled,
         }
     }
@@ -119,6 +137,10 @@ impl Error {
         Self::Library { reason: reason.to_string(), source: None }
     }
 
+    pub(crate) fn cache(path: impl Into<PathBuf>, reason: impl fmt::Display) -> Self {
+        Self::Cache { path: path.into(), reason: reason.to_string(), source: None }
+    }
+
     pub(crate) fn graph(graph: impl Into<String>, reason: impl fmt::Display) -> Self {
         Self::Graph { graph: graph.into(), reason: reason.to_string(), source: None }
     }
@@ -129,9 +151,24 @@ impl Error {
             Self::Package { source, .. }
             | Self::Image { source, .. }
             | Self::Library { source, .. }
+            | Self::Cache { source, .. }
             | Self::Graph { source, .. } => *source = Some(cause.into()),
             _ => {}
         }
         self
     }
+}
+
+/// Bytes for a person: decimal, with tenths, `11.2 GB`.
+pub(crate) fn size(bytes: u64) -> String {
+    let (unit, size) = [("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1000)]
+        .into_iter()
+        .find(|(_, size)| bytes >= *size)
+        .unwrap_or(("B", 1));
+    if size == 1 {
+        return format!("{bytes} B");
+    }
+    // Tenths by integer arithmetic: a size is not worth a lossy cast.
+    let tenths = bytes / (size / 10);
+    format!("{}.{} {unit}", tenths / 10, tenths % 10)
 }

@@ -1,11 +1,11 @@
-//! Everything the exporter knows about a model, as data (format 1).
+//! Everything the exporter knows about a model, as data (format 2).
 
 use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
 /// The manifest format that this version reads.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// `manifest.json`: what a package holds and how its graphs are driven.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,6 +31,8 @@ pub struct Manifest {
     pub variants: BTreeMap<String, Variant>,
     /// For each component, which variant serves which provider, best first.
     pub serve: Serve,
+    /// Results that a session must reproduce before it serves.
+    pub goldens: GoldenSpec,
     /// Size and hash of every file of the package but the manifest, by relative path.
     pub files: BTreeMap<String, FileInfo>,
 }
@@ -161,10 +163,23 @@ pub struct DecoderSpec {
     pub context: usize,
     /// Columns of the logits; more than the tokenizer has entries.
     pub logits_width: usize,
+    /// The rotary embedding's angles, for graphs that take them as inputs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotary: Option<RotarySpec>,
+}
+
+/// Cosines, then sines: two tables of `context` x `dim / 2` f32, row by row, little endian.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RotarySpec {
+    /// Relative path of the tables.
+    pub file: String,
+    /// Numbers of a head that are rotated.
+    pub dim: usize,
 }
 
 /// The graphs of one variant; a component that it lacks is served by another variant.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Variant {
     /// Pixels to patch features.
@@ -173,9 +188,42 @@ pub struct Variant {
     /// Patch features to image embeddings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub projector: Option<GraphSpec>,
-    /// Embeddings and cache to logits.
+    /// Embeddings and cache to logits, or to hidden states where a head follows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub decoder: Option<DecoderGraphSpec>,
+    /// Hidden states to logits, for decoders that end before them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<GraphSpec>,
+    /// How far from the goldens the variant's results may be.
+    pub tolerance: Tolerance,
+}
+
+/// The largest distance that a result may have from its golden: the L2 norm of the difference, by the L2 norm of the
+/// golden.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tolerance {
+    /// For the patch features of one image.
+    pub patch_features: f64,
+    /// For the image embeddings of one image.
+    pub image_embeds: f64,
+    /// For the logits of one position.
+    pub logits: f64,
+}
+
+/// Results of the f32 model in standard operators, in a `safetensors` file.
+///
+/// Its tensors: `pixel_values` f32 [1, 3, size, size] and what they give, `patch_features` f32 [1, `tokens_per_image`,
+/// vision.hidden] and `image_embeds` f32 [1, `tokens_per_image`, hidden]; a prompt, `tokens_before` and `tokens_after`
+/// i64 around the first `image_rows` rows of `image_embeds`; `next_tokens` i64, which are read one by one after the
+/// prompt; and `logits` f32 [1 + `next_tokens`, `logits_width`], after the prompt and after each of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GoldenSpec {
+    /// Relative path of the file.
+    pub file: String,
+    /// Rows of the image that the prompt holds.
+    pub image_rows: usize,
 }
 
 /// One graph on disk and what it takes and gives.
@@ -203,6 +251,23 @@ pub struct DecoderGraphSpec {
     pub kv: KvSpec,
 }
 
+impl GraphSpec {
+    /// The graph's file, and those of its external data.
+    pub fn files(&self) -> impl Iterator<Item = &String> {
+        std::iter::once(&self.path).chain(&self.data)
+    }
+}
+
+/// The decoder output that a head turns into logits.
+pub const HIDDEN_STATES: &str = "hidden_states";
+
+impl DecoderGraphSpec {
+    /// Whether the graph ends at hidden states, so that a head makes logits of them.
+    pub fn needs_head(&self) -> bool {
+        self.graph.outputs.contains_key(HIDDEN_STATES)
+    }
+}
+
 /// How a decoder graph keeps its cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -211,6 +276,12 @@ pub struct KvSpec {
     pub form: KvForm,
     /// Type of the numbers in the cache.
     pub dtype: DType,
+    /// Positions that the cache holds, for the forms whose cache has a fixed size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity: Option<usize>,
+    /// Positions of one run: exactly so many for [`KvForm::Delta`], at most so many for the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunk: Option<usize>,
 }
 
 /// How past and present caches are handed over.
@@ -219,6 +290,10 @@ pub struct KvSpec {
 pub enum KvForm {
     /// Past and present are one buffer of full length that the graph writes in place.
     Shared,
+    /// Past and present are one buffer of fixed size; the graph scatters the new rows into it.
+    Scatter,
+    /// The past has a fixed size and is read only; the graph gives the new rows, which the engine copies in.
+    Delta,
     /// The present is the past with the new rows appended, in a new buffer.
     Concat,
 }
@@ -239,7 +314,7 @@ pub struct TensorSpec {
 pub enum Dim {
     /// A fixed size.
     Fixed(usize),
-    /// The name of a size that varies: `batch`, `new`, `past`, `capacity`.
+    /// The name of a size that varies: `batch`, `new`, `past`, `total`, `capacity`.
     Named(String),
 }
 
@@ -267,6 +342,9 @@ pub struct Serve {
     pub projector: Vec<Choice>,
     /// For the decoder.
     pub decoder: Vec<Choice>,
+    /// For the head; empty when every decoder gives logits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub head: Vec<Choice>,
 }
 
 /// One variant on one provider.

@@ -7,13 +7,17 @@ mod verify;
 
 use std::{
     borrow::Cow,
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
+
+use serde::{Serialize, Serializer};
 
 use crate::error::{Error, Result};
 use embedded::EmbeddedFiles;
-use manifest::{Choice, GraphSpec, KvSpec, Manifest, Serve, Variant};
+use manifest::{Choice, FileInfo, GraphSpec, KvSpec, Manifest, Serve, Variant};
 
 /// The file that makes a directory a package.
 pub const MANIFEST: &str = "manifest.json";
@@ -23,6 +27,9 @@ pub const MANIFEST: &str = "manifest.json";
 pub struct ModelPackage {
     root: Root,
     manifest: Manifest,
+    digest: String,
+    /// What is wrong with files that only some variants need.
+    faults: Arc<BTreeMap<String, Error>>,
 }
 
 /// Where the files of a package are.
@@ -54,19 +61,21 @@ pub enum FileSource {
 }
 
 /// The parts of the model that run as graphs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Component {
     /// Pixels to patch features.
     VisionEncoder,
     /// Patch features to image embeddings.
     Projector,
-    /// Embeddings and cache to logits.
+    /// Embeddings and cache to logits, or to hidden states.
     Decoder,
+    /// Hidden states to logits.
+    Head,
 }
 
 impl Component {
     /// Every component, in the order in which an image meets them.
-    pub const ALL: [Self; 3] = [Self::VisionEncoder, Self::Projector, Self::Decoder];
+    pub const ALL: [Self; 4] = [Self::VisionEncoder, Self::Projector, Self::Decoder, Self::Head];
 
     /// The name in manifests, reports and errors.
     pub fn name(self) -> &'static str {
@@ -74,6 +83,7 @@ impl Component {
             Self::VisionEncoder => "vision_encoder",
             Self::Projector => "projector",
             Self::Decoder => "decoder",
+            Self::Head => "head",
         }
     }
 
@@ -83,6 +93,7 @@ impl Component {
             Self::VisionEncoder => &serve.vision_encoder,
             Self::Projector => &serve.projector,
             Self::Decoder => &serve.decoder,
+            Self::Head => &serve.head,
         }
     }
 
@@ -92,14 +103,21 @@ impl Component {
             Self::VisionEncoder => variant.vision_encoder.as_ref().map(|graph| (graph, None)),
             Self::Projector => variant.projector.as_ref().map(|graph| (graph, None)),
             Self::Decoder => variant.decoder.as_ref().map(|decoder| (&decoder.graph, Some(decoder.kv))),
+            Self::Head => variant.head.as_ref().map(|graph| (graph, None)),
         }
+    }
+}
+
+impl Serialize for Component {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
     }
 }
 
 impl ModelPackage {
     /// Opens the package in directory `root`: reads the manifest, checks its arithmetic, and checks that every file is
-    /// there with its size. Files of up to 64 MiB are hashed too; the larger ones by
-    /// [`ModelPackage::verify`].
+    /// there with its size. Files of up to 64 MiB are hashed too; the larger ones by [`ModelPackage::verify`]. What is
+    /// wrong with a graph's file is kept for [`ModelPackage::check_graph`], since another variant may be whole.
     ///
     /// # Errors
     /// [`Error::Package`] names the file or field that is at fault.
@@ -133,9 +151,29 @@ impl ModelPackage {
 
     fn from_manifest(root: Root, path: &Path, bytes: &[u8]) -> Result<Self> {
         let manifest = read_manifest(path, bytes)?;
-        let package = Self { root, manifest };
-        package.check_files(verify::HASHED_AT_OPEN)?;
+        let digest = verify::digest(bytes);
+        let mut package = Self { root, manifest, digest, faults: Arc::default() };
+        let graphs = verify::graph_files(&package.manifest);
+        let mut faults = BTreeMap::new();
+        for (name, info) in &package.manifest.files {
+            match package.check_file(name, info, verify::HASHED_AT_OPEN) {
+                Err(error) if graphs.contains(name) => _ = faults.insert(name.clone(), error),
+                checked => checked?,
+            }
+        }
+        package.faults = Arc::new(faults);
         Ok(package)
+    }
+
+    /// Refuses a graph one of whose files was missing or damaged when the package was opened.
+    ///
+    /// # Errors
+    /// [`Error::Package`] names the file.
+    pub fn check_graph(&self, graph: &GraphSpec) -> Result<()> {
+        match graph.files().find_map(|name| self.faults.get(name)) {
+            Some(Error::Package { path, reason, .. }) => Err(Error::package(path, reason)),
+            _ => Ok(()),
+        }
     }
 
     /// Hashes every file, whatever its size.
@@ -143,23 +181,25 @@ impl ModelPackage {
     /// # Errors
     /// [`Error::Package`] names the first file that differs from the manifest.
     pub fn verify(&self) -> Result<()> {
-        self.check_files(u64::MAX)
+        let mut files = self.manifest.files.iter();
+        files.try_for_each(|(name, info)| self.check_file(name, info, u64::MAX))
     }
 
-    fn check_files(&self, hashed_up_to: u64) -> Result<()> {
-        for (name, info) in &self.manifest.files {
-            let path = self.display_path(name);
-            match self.file(name)? {
-                FileSource::Memory(bytes) => verify::content(&path, bytes, info)?,
-                FileSource::Path(file) => verify::file(&file, info, hashed_up_to)?,
-            }
+    fn check_file(&self, name: &str, info: &FileInfo, hashed_up_to: u64) -> Result<()> {
+        match self.file(name)? {
+            FileSource::Memory(bytes) => verify::content(&self.display_path(name), bytes, info),
+            FileSource::Path(file) => verify::file(&file, info, hashed_up_to),
         }
-        Ok(())
     }
 
     /// What the exporter knew about the model.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// SHA-256 of the manifest, and so of everything that it lists, hexadecimal.
+    pub fn digest(&self) -> &str {
+        &self.digest
     }
 
     /// The package's directory; `None` when the package is inside the program.
@@ -207,24 +247,9 @@ impl ModelPackage {
         component.graph(self.manifest.variants.get(variant)?)
     }
 
-    /// What serves `component`, best first; only choices of `variant` when one is named.
-    ///
-    /// # Errors
-    /// [`Error::Request`] when the package has no such variant, or the variant does not serve the component.
-    pub fn choices(&self, component: Component, variant: Option<&str>) -> Result<Vec<&Choice>> {
-        let choices = component.choices(&self.manifest.serve).iter();
-        let Some(wanted) = variant else { return Ok(choices.collect()) };
-        let chosen: Vec<&Choice> = choices.filter(|choice| choice.variant == wanted).collect();
-        if chosen.is_empty() {
-            let names: Vec<&str> = self.manifest.variants.keys().map(String::as_str).collect();
-            return Err(Error::Request(format!(
-                "variant {wanted} does not serve the {} of package {}; it has {}",
-                component.name(),
-                self.manifest.name,
-                names.join(", ")
-            )));
-        }
-        Ok(chosen)
+    /// What serves `component`, best first.
+    pub fn choices(&self, component: Component) -> &[Choice] {
+        component.choices(&self.manifest.serve)
     }
 
     /// The path that errors name.

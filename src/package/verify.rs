@@ -13,7 +13,8 @@ use sha2::{Digest, Sha256};
 
 use super::Component;
 use super::manifest::{
-    DType, DecoderGraphSpec, Dim, EmbeddingSpec, FORMAT, FileInfo, GraphSpec, KvForm, Manifest, TensorSpec,
+    DType, DecoderGraphSpec, DecoderSpec, Dim, EmbeddingSpec, FORMAT, FileInfo, GraphSpec, HIDDEN_STATES,
+    KvForm, KvSpec, Manifest, TensorSpec, Tolerance,
 };
 use crate::error::{Error, Result};
 
@@ -76,13 +77,19 @@ fn names(faults: &mut Faults, manifest: &Manifest) {
         faults.check(is_hash, || format!("file {name:?} has {:?} for a SHA-256", info.sha256));
     }
     let listed = |name: &String| manifest.files.contains_key(name);
-    for (what, name) in
-        [("tokenizer", &manifest.text.tokenizer), ("embedding table", &manifest.embedding.file)]
+    let rotary = manifest.decoder.rotary.as_ref().map(|rotary| ("rotary table", &rotary.file));
+    for (what, name) in [
+        ("tokenizer", &manifest.text.tokenizer),
+        ("embedding table", &manifest.embedding.file),
+        ("file of goldens", &manifest.goldens.file),
+    ]
+    .into_iter()
+    .chain(rotary)
     {
         faults.check(listed(name), || format!("the {what} {name:?} is not among the files"));
     }
     for (variant, graph) in variant_graphs(manifest) {
-        for name in std::iter::once(&graph.path).chain(&graph.data) {
+        for name in graph.files() {
             faults.check(listed(name), || format!("variant {variant}: {name:?} is not among the files"));
         }
         let directory = Path::new(&graph.path).parent();
@@ -94,13 +101,25 @@ fn names(faults: &mut Faults, manifest: &Manifest) {
     }
     for component in Component::ALL {
         let (name, choices) = (component.name(), component.choices(&manifest.serve));
-        faults.check(!choices.is_empty(), || format!("nothing serves the {name}"));
+        let needed = component != Component::Head
+            || manifest.serve.decoder.iter().any(|choice| {
+                manifest
+                    .variants
+                    .get(&choice.variant)
+                    .is_some_and(|variant| variant.decoder.as_ref().is_some_and(DecoderGraphSpec::needs_head))
+            });
+        faults.check(!needed || !choices.is_empty(), || format!("nothing serves the {name}"));
         for choice in choices {
             let variant = manifest.variants.get(&choice.variant);
             let has = variant.is_some_and(|variant| component.graph(variant).is_some());
             faults.check(has, || format!("variant {:?} has no {name} but is to serve it", choice.variant));
         }
     }
+}
+
+/// The files that belong to graphs, and so to some variants only.
+pub(super) fn graph_files(manifest: &Manifest) -> BTreeSet<String> {
+    variant_graphs(manifest).flat_map(|(_, graph)| graph.files().cloned()).collect()
 }
 
 fn variant_graphs(manifest: &Manifest) -> impl Iterator<Item = (&String, &GraphSpec)> {
@@ -146,17 +165,28 @@ fn sizes(faults: &mut Faults, manifest: &Manifest) {
     faults.check(matches!(embedding.dtype, DType::F16 | DType::F32), || {
         format!("embedding.dtype is {:?}, which is neither f16 nor f32", embedding.dtype)
     });
-    let table = table_bytes(embedding);
-    let recorded = manifest.files.get(&embedding.file).map_or(0, |info| info.bytes);
-    faults.check(table == Some(recorded), || {
-        format!(
-            "{} has {recorded} bytes, but {} rows of {} numbers take {}",
-            embedding.file,
-            embedding.rows,
-            embedding.columns,
-            table.map_or_else(|| "more than can be counted".to_owned(), |n| n.to_string())
-        )
+    let EmbeddingSpec { rows, columns, .. } = *embedding;
+    table(faults, manifest, &embedding.file, rows, columns, embedding.dtype);
+    if let Some(rotary) = &decoder.rotary {
+        faults.check(rotary.dim > 0 && rotary.dim % 2 == 0 && rotary.dim <= decoder.head_dim, || {
+            format!("decoder.rotary.dim is {} and decoder.head_dim is {}", rotary.dim, decoder.head_dim)
+        });
+        table(faults, manifest, &rotary.file, decoder.context, rotary.dim, DType::F32);
+    }
+    faults.check(manifest.goldens.image_rows <= vision.tokens_per_image, || {
+        let (rows, image) = (manifest.goldens.image_rows, vision.tokens_per_image);
+        format!("goldens.image_rows is {rows}, but an image has {image}")
     });
+    for (name, variant) in &manifest.variants {
+        let Tolerance { patch_features, image_embeds, logits } = variant.tolerance;
+        for (what, value) in
+            [("patch_features", patch_features), ("image_embeds", image_embeds), ("logits", logits)]
+        {
+            faults.check(value.is_finite() && value > 0.0, || {
+                format!("variant {name}: tolerance.{what} is {value}")
+            });
+        }
+    }
     faults.check(text.vocabulary <= embedding.rows, || {
         format!("text.vocabulary is {} and embedding.rows is {}", text.vocabulary, embedding.rows)
     });
@@ -171,60 +201,123 @@ fn sizes(faults: &mut Faults, manifest: &Manifest) {
     }
 }
 
-/// Bytes of the embedding table, unless they overflow.
-fn table_bytes(embedding: &EmbeddingSpec) -> Option<u64> {
-    let numbers = embedding.rows.checked_mul(embedding.columns)?;
-    u64::try_from(numbers.checked_mul(embedding.dtype.bytes())?).ok()
+/// Compares the size of a file of numbers, row by row, with the sizes.
+fn table(faults: &mut Faults, manifest: &Manifest, file: &str, rows: usize, columns: usize, dtype: DType) {
+    let numbers = rows.checked_mul(columns).and_then(|numbers| numbers.checked_mul(dtype.bytes()));
+    let bytes = numbers.and_then(|bytes| u64::try_from(bytes).ok());
+    let recorded = manifest.files.get(file).map_or(0, |info| info.bytes);
+    faults.check(bytes == Some(recorded), || {
+        format!(
+            "{file} has {recorded} bytes, but {rows} rows of {columns} numbers take {}",
+            bytes.map_or_else(|| "more than can be counted".to_owned(), |n| n.to_string())
+        )
+    });
+}
+
+/// Numbers that a graph may take and give in either precision: the engine converts.
+const REAL: &[DType] = &[DType::F32, DType::F16];
+
+fn named(name: &str) -> Dim {
+    Dim::Named(name.to_owned())
 }
 
 fn graphs(faults: &mut Faults, manifest: &Manifest) {
     let fixed = Dim::Fixed;
-    let named = |name: &str| Dim::Named(name.to_owned());
+    let batch = || named("batch");
     let Manifest { image, vision, decoder, .. } = manifest;
     let size = image.size as usize;
     for (name, variant) in &manifest.variants {
         if let Some(graph) = &variant.vision_encoder {
             let mut graph = Signature::new(faults, format!("{name} vision_encoder"), graph);
-            graph.input("pixel_values", DType::F32, &[named("batch"), fixed(3), fixed(size), fixed(size)]);
-            let features = [named("batch"), fixed(vision.tokens_per_image), fixed(vision.hidden)];
-            graph.output("patch_features", DType::F32, &features);
+            graph.input("pixel_values", REAL, &[batch(), fixed(3), fixed(size), fixed(size)]);
+            let features = [batch(), fixed(vision.tokens_per_image), fixed(vision.hidden)];
+            graph.output("patch_features", REAL, &features);
             graph.finish();
         }
         if let Some(graph) = &variant.projector {
             let mut graph = Signature::new(faults, format!("{name} projector"), graph);
-            let rows = |columns| [named("batch"), named("patches"), fixed(columns)];
-            graph.input("patch_features", DType::F32, &rows(vision.hidden));
-            graph.output("image_embeds", DType::F32, &rows(decoder.hidden));
+            let rows = |columns| [batch(), Dim::Fixed(vision.tokens_per_image), fixed(columns)];
+            graph.input("patch_features", REAL, &rows(vision.hidden));
+            graph.output("image_embeds", REAL, &rows(decoder.hidden));
             graph.finish();
         }
         if let Some(DecoderGraphSpec { graph, kv }) = &variant.decoder {
+            cache_sizes(faults, name, kv, decoder.context);
             let mut graph = Signature::new(faults, format!("{name} decoder"), graph);
-            let batch = || named("batch");
-            graph.input("inputs_embeds", DType::F32, &[batch(), named("new"), fixed(decoder.hidden)]);
-            graph.input("logits_index", DType::I64, &[batch()]);
-            graph.output("logits", DType::F32, &[batch(), fixed(decoder.logits_width)]);
-            let (past, present) = match kv.form {
-                KvForm::Shared => {
-                    graph.input("seqlens_k", DType::I32, &[batch()]);
-                    graph.input("total_sequence_length", DType::I32, &[]);
-                    ("capacity", "capacity")
-                }
-                KvForm::Concat => {
-                    graph.input("position_ids", DType::I64, &[batch(), named("new")]);
-                    let mask = [batch(), fixed(1), named("new"), named("total")];
-                    graph.input("attention_mask", DType::F32, &mask);
-                    ("past", "total")
-                }
-            };
-            let rows = |length| [batch(), fixed(decoder.kv_heads), named(length), fixed(decoder.head_dim)];
-            // A tampered number could ask for billions of layers; the first that has no input is a fault already.
-            for layer in 0..decoder.layers.min(graph.graph.inputs.len()) {
-                for what in ["key", "value"] {
-                    graph.input(&format!("past_key_values.{layer}.{what}"), kv.dtype, &rows(past));
-                    graph.output(&format!("present.{layer}.{what}"), kv.dtype, &rows(present));
-                }
-            }
+            decoder_graph(&mut graph, decoder, *kv);
             graph.finish();
+        }
+        if let Some(graph) = &variant.head {
+            let mut graph = Signature::new(faults, format!("{name} head"), graph);
+            graph.input(HIDDEN_STATES, REAL, &[batch(), fixed(decoder.hidden)]);
+            graph.output("logits", REAL, &[batch(), fixed(decoder.logits_width)]);
+            graph.finish();
+        }
+    }
+}
+
+/// Whether the manifest says of a cache what its form asks for.
+fn cache_sizes(faults: &mut Faults, variant: &str, kv: &KvSpec, context: usize) {
+    let is_fixed = matches!(kv.form, KvForm::Scatter | KvForm::Delta);
+    faults.check(REAL.contains(&kv.dtype), || {
+        format!("variant {variant}: a cache of {} is not read", kv.dtype)
+    });
+    faults.check(kv.capacity.is_some() == is_fixed && kv.chunk.is_some() == is_fixed, || {
+        format!("variant {variant}: kv.capacity and kv.chunk belong to the forms scatter and delta, and only to them")
+    });
+    let (capacity, chunk) = (kv.capacity.unwrap_or(context), kv.chunk.unwrap_or(1));
+    faults.check((1..=context).contains(&capacity) && (1..=capacity).contains(&chunk), || {
+        format!("variant {variant}: kv.chunk {chunk}, kv.capacity {capacity} and decoder.context {context} do not nest")
+    });
+}
+
+/// What a decoder graph takes and gives, by the form of its cache.
+fn decoder_graph(graph: &mut Signature<'_>, decoder: &DecoderSpec, kv: KvSpec) {
+    let fixed = Dim::Fixed;
+    let batch = || named("batch");
+    let capacity = kv.capacity.unwrap_or_default();
+    let chunk = kv.chunk.unwrap_or_default();
+    let new = || if kv.form == KvForm::Delta { fixed(chunk) } else { named("new") };
+    graph.input("inputs_embeds", REAL, &[batch(), new(), fixed(decoder.hidden)]);
+    if graph.graph.outputs.contains_key(HIDDEN_STATES) && kv.form == KvForm::Delta {
+        graph.output(HIDDEN_STATES, REAL, &[batch(), new(), fixed(decoder.hidden)]);
+    } else {
+        graph.input("logits_index", &[DType::I64], &[batch()]);
+        graph.output("logits", REAL, &[batch(), fixed(decoder.logits_width)]);
+    }
+    let (past, present, given) = match kv.form {
+        KvForm::Shared => {
+            graph.input("seqlens_k", &[DType::I32], &[batch()]);
+            graph.input("total_sequence_length", &[DType::I32], &[]);
+            (named("capacity"), named("capacity"), "present")
+        }
+        KvForm::Concat => {
+            graph.input("position_ids", &[DType::I64], &[batch(), new()]);
+            graph.input("attention_mask", REAL, &[batch(), fixed(1), new(), named("total")]);
+            (named("past"), named("total"), "present")
+        }
+        KvForm::Scatter => {
+            graph.input("position_ids", &[DType::I64], &[batch(), new()]);
+            graph.input("write_indices", &[DType::I64], &[batch()]);
+            graph.input("attention_mask", REAL, &[batch(), fixed(1), new(), fixed(capacity)]);
+            (fixed(capacity), fixed(capacity), "present")
+        }
+        KvForm::Delta => {
+            let half = decoder.rotary.as_ref().map_or(0, |rotary| rotary.dim / 2);
+            for table in ["rope_cos", "rope_sin"] {
+                graph.input(table, REAL, &[batch(), fixed(1), fixed(chunk), fixed(half)]);
+            }
+            let columns = fixed(capacity.saturating_add(chunk));
+            graph.input("attention_mask", REAL, &[batch(), fixed(1), fixed(chunk), columns]);
+            (fixed(capacity), fixed(chunk), "new_key_values")
+        }
+    };
+    let rows = |length: &Dim| [batch(), fixed(decoder.kv_heads), length.clone(), fixed(decoder.head_dim)];
+    // A tampered number could ask for billions of layers; the first that has no input is a fault already.
+    for layer in 0..decoder.layers.min(graph.graph.inputs.len()) {
+        for what in ["key", "value"] {
+            graph.input(&format!("past_key_values.{layer}.{what}"), &[kv.dtype], &rows(&past));
+            graph.output(&format!("{given}.{layer}.{what}"), &[kv.dtype], &rows(&present));
         }
     }
 }
@@ -243,29 +336,40 @@ impl<'a> Signature<'a> {
         Self { faults, name, graph, inputs: BTreeSet::new(), outputs: BTreeSet::new() }
     }
 
-    fn input(&mut self, tensor: &str, dtype: DType, shape: &[Dim]) {
+    fn input(&mut self, tensor: &str, dtypes: &[DType], shape: &[Dim]) {
         self.inputs.insert(tensor.to_owned());
-        self.tensor("input", self.graph.inputs.get(tensor), tensor, dtype, shape);
+        self.tensor("input", self.graph.inputs.get(tensor), tensor, dtypes, shape);
     }
 
-    fn output(&mut self, tensor: &str, dtype: DType, shape: &[Dim]) {
+    fn output(&mut self, tensor: &str, dtypes: &[DType], shape: &[Dim]) {
         self.outputs.insert(tensor.to_owned());
-        self.tensor("output", self.graph.outputs.get(tensor), tensor, dtype, shape);
+        self.tensor("output", self.graph.outputs.get(tensor), tensor, dtypes, shape);
     }
 
-    fn tensor(&mut self, kind: &str, found: Option<&TensorSpec>, tensor: &str, dtype: DType, shape: &[Dim]) {
-        let wanted = TensorSpec { dtype, shape: shape.to_vec() };
+    fn tensor(
+        &mut self,
+        kind: &str,
+        found: Option<&TensorSpec>,
+        tensor: &str,
+        dtypes: &[DType],
+        shape: &[Dim],
+    ) {
         let Some(found) = found else {
             self.faults.0.push(format!("{} has no {kind} {tensor}", self.name));
             return;
         };
-        let fits = found.dtype == dtype
+        // A graph may be for one row only, and a projector for the rows of any image.
+        let fits = dtypes.contains(&found.dtype)
             && found.shape.len() == shape.len()
-            && found.shape.iter().zip(shape).all(|(found, wanted)| match (found, wanted) {
+            && found.shape.iter().zip(shape).enumerate().all(|(place, dims)| match dims {
                 (Dim::Fixed(found), Dim::Fixed(wanted)) => found == wanted,
                 (Dim::Named(_), Dim::Named(_)) => true,
-                _ => false,
+                (Dim::Fixed(1), Dim::Named(wanted)) => place == 0 && wanted == "batch",
+                (Dim::Named(found), Dim::Fixed(_)) => found == "patches",
+                (Dim::Fixed(_), Dim::Named(_)) => false,
             });
+        let dtype = dtypes.first().copied().unwrap_or(DType::F32);
+        let wanted = TensorSpec { dtype, shape: shape.to_vec() };
         self.faults.check(fits, || {
             format!("{}: {kind} {tensor} is {found}, and the sizes ask for {wanted}", self.name)
         });
@@ -335,6 +439,18 @@ pub(super) fn content(path: &Path, bytes: &[u8], info: &FileInfo) -> Result<()> 
     hash(path, &Sha256::digest(bytes), info)
 }
 
+/// SHA-256 of `bytes`, hexadecimal.
+pub(super) fn digest(bytes: &[u8]) -> String {
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut hex, byte| {
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}
+
 fn size(path: &Path, found: u64, info: &FileInfo) -> Result<()> {
     if found == info.bytes {
         return Ok(());
@@ -346,10 +462,7 @@ fn size(path: &Path, found: u64, info: &FileInfo) -> Result<()> {
 }
 
 fn hash(path: &Path, found: &[u8], info: &FileInfo) -> Result<()> {
-    let found = found.iter().fold(String::new(), |mut hex, byte| {
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    });
+    let found = hexadecimal(found);
     if found == info.sha256 {
         return Ok(());
     }

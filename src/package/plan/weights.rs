@@ -1,0 +1,216 @@
+//! The weights that a graph file names, by what ONNX Runtime makes of them.
+//!
+//! Reads the few fields of `onnx.proto` that say it: a model's graph (7), a graph's nodes (1) and initializers (5), a
+//! node's inputs (1) and operator (4), a tensor's dimensions (1), type (2) and name (8). A graph is planned before
+//! ONNX Runtime is loaded, so that its own reader cannot be asked.
+
+use std::collections::BTreeSet;
+
+/// Bytes of the initializers of one graph.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Weights {
+    /// Half precision, which the CPU provider turns into single precision.
+    pub(super) half: u64,
+    /// Scales of matrices quantized in blocks.
+    pub(super) scales: u64,
+    /// All others: single precision and integers.
+    pub(super) plain: u64,
+}
+
+impl Weights {
+    /// The weights of a serialized `ModelProto`; `None` when it is not one.
+    pub(super) fn read(model: &[u8]) -> Option<Self> {
+        let mut weights = Self::default();
+        for field in Fields(model) {
+            if let (7, Value::Bytes(graph)) = field? {
+                weights.add_graph(graph)?;
+            }
+        }
+        Some(weights)
+    }
+
+    /// Bytes of all of them.
+    pub(super) fn bytes(self) -> u64 {
+        self.half.saturating_add(self.scales).saturating_add(self.plain)
+    }
+
+    fn add_graph(&mut self, graph: &[u8]) -> Option<()> {
+        let mut scales = BTreeSet::new();
+        for field in Fields(graph) {
+            if let (1, Value::Bytes(node)) = field? {
+                scales.insert(block_scales(node)?);
+            }
+        }
+        for field in Fields(graph) {
+            let (5, Value::Bytes(tensor)) = field? else { continue };
+            let (name, half, bytes) = initializer(tensor)?;
+            let kind = match (!name.is_empty() && scales.contains(name), half) {
+                (_, true) => &mut self.half,
+                (true, false) => &mut self.scales,
+                (false, false) => &mut self.plain,
+            };
+            *kind = kind.saturating_add(bytes);
+        }
+        Some(())
+    }
+}
+
+/// The name of the scales, when the node multiplies by a matrix that is quantized in blocks; an empty one otherwise.
+fn block_scales(node: &[u8]) -> Option<&[u8]> {
+    let (mut inputs, mut operator) = (Vec::new(), &[][..]);
+    for field in Fields(node) {
+        match field? {
+            (1, Value::Bytes(name)) => inputs.push(name),
+            (4, Value::Bytes(name)) => operator = name,
+            _ => {}
+        }
+    }
+    Some(inputs.get(2).filter(|_| operator == b"MatMulNBits").copied().unwrap_or_default())
+}
+
+/// Name of a `TensorProto`, whether it is in half precision, and its bytes.
+fn initializer(tensor: &[u8]) -> Option<(&[u8], bool, u64)> {
+    let (mut name, mut elements, mut data_type) = (&[][..], 1u64, 0);
+    for field in Fields(tensor) {
+        match field? {
+            (1, Value::Number(size)) => elements = elements.saturating_mul(size),
+            (1, Value::Bytes(packed)) => {
+                let mut rest = packed;
+                while !rest.is_empty() {
+                    elements = elements.saturating_mul(varint(&mut rest)?);
+                }
+            }
+            (2, Value::Number(number)) => data_type = number,
+            (8, Value::Bytes(text)) => name = text,
+            _ => {}
+        }
+    }
+    let bits: u64 = match data_type {
+        7 | 11 | 13 | 14 => 64,
+        1 | 6 | 12 => 32,
+        4 | 5 | 10 | 16 => 16,
+        2 | 3 | 9 | 17..=20 => 8,
+        21 | 22 => 4,
+        _ => 0,
+    };
+    Some((name, matches!(data_type, 10 | 16), elements.saturating_mul(bits).div_ceil(8)))
+}
+
+/// What a protobuf field holds.
+enum Value<'a> {
+    /// A whole number.
+    Number(u64),
+    /// A string, bytes, or a message.
+    Bytes(&'a [u8]),
+    /// A fixed-size number, which nothing here needs.
+    Other,
+}
+
+/// The fields of a protobuf message, in its order; a `None` among them means that it is malformed.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Option<(u64, Value<'a>)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let field = self.field();
+        if field.is_none() {
+            self.0 = &[];
+        }
+        Some(field)
+    }
+}
+
+impl<'a> Fields<'a> {
+    fn field(&mut self) -> Option<(u64, Value<'a>)> {
+        let tag = varint(&mut self.0)?;
+        let value = match tag & 7 {
+            0 => Value::Number(varint(&mut self.0)?),
+            1 => self.skip(8)?,
+            2 => {
+                let length = usize::try_from(varint(&mut self.0)?).ok()?;
+                let (bytes, rest) = self.0.split_at_checked(length)?;
+                self.0 = rest;
+                Value::Bytes(bytes)
+            }
+            5 => self.skip(4)?,
+            _ => return None,
+        };
+        Some((tag >> 3, value))
+    }
+
+    fn skip(&mut self, bytes: usize) -> Option<Value<'a>> {
+        self.0 = self.0.get(bytes..)?;
+        Some(Value::Other)
+    }
+}
+
+/// Takes a number of up to ten bytes from the front.
+fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut number = 0u64;
+    for shift in (0..64).step_by(7) {
+        let (&byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        number |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            return Some(number);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn field(number: u8, content: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![number << 3 | 2];
+        let mut length = content.len();
+        while length >= 0x80 {
+            bytes.push(u8::try_from(length & 0x7f).unwrap() | 0x80);
+            length >>= 7;
+        }
+        bytes.push(u8::try_from(length).unwrap());
+        [bytes, content.to_vec()].concat()
+    }
+
+    fn tensor(name: &str, data_type: u8, dims: &[u8]) -> Vec<u8> {
+        let dims: Vec<u8> = dims.iter().flat_map(|dim| [1 << 3, *dim]).collect();
+        field(5, &[dims, vec![2 << 3, data_type], field(8, name.as_bytes())].concat())
+    }
+
+    #[test]
+    fn weights_are_told_apart_by_type_and_use() {
+        let node =
+            [field(1, b"x"), field(1, b"codes"), field(1, b"scales"), field(4, b"MatMulNBits")].concat();
+        let graph = [
+            tensor("codes", 2, &[10, 3]),
+            field(1, &node),
+            tensor("scales", 1, &[10]),
+            tensor("bias", 1, &[7]),
+            tensor("half", 10, &[7, 2]),
+            tensor("nibbles", 22, &[3]),
+            field(5, &[field(1, &[2, 100]), vec![2 << 3, 3], field(9, &[0; 200])].concat()),
+        ]
+        .concat();
+        let model = [vec![1 << 3, 10], field(7, &graph)].concat();
+        let weights = Weights::read(&model).unwrap();
+        assert_eq!(weights, Weights { half: 28, scales: 40, plain: 30 + 28 + 2 + 200 });
+        for cut in 1..model.len() {
+            // Nothing but a whole field can be left out.
+            assert!(cut == 2 || Weights::read(&model[..cut]).is_none(), "{cut}");
+        }
+    }
+
+    #[test]
+    fn noise_is_no_model() {
+        assert_eq!(Weights::read(b""), Some(Weights::default()));
+        assert_eq!(Weights::read(&[0xff; 64]), None);
+        assert_eq!(Weights::read(b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), None);
+        let endless = tensor("x", 1, &[0x7f; 40]);
+        assert_eq!(Weights::read(&field(7, &endless)).unwrap().plain, u64::MAX / 8 + 1);
+    }
+}
