@@ -4,8 +4,15 @@
 //!
 //! A module may name only modules above it in this list.
 
+#[cfg(all(target_os = "ios", feature = "load-dynamic"))]
+compile_error!(
+    "ONNX Runtime comes to iOS as a static framework: build with --no-default-features and ORT_IOS_XCFWK_PATH"
+);
+
 pub mod error;
 
+pub mod compiled;
+pub mod machine;
 pub mod package;
 
 pub mod image;

@@ -7,15 +7,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
-use ort::session::builder::{AutoDevicePolicy, GraphOptimizationLevel, SessionBuilder};
 use ort::session::{IoBinding, RunOptions, Session, SessionInputValue, SessionOutputs};
 use ort::value::{Outlet, ValueType};
 
 use crate::error::{Error, Result};
-use crate::package::manifest::{Dim, GraphSpec, TensorSpec};
+use crate::package::manifest::{DType, Dim, GraphSpec, TensorSpec};
 
 use super::Runtime;
-use super::provider::Provider;
+use super::cache_memory::CacheMemory;
+use super::compiled::{self, Compiled, Place};
+use super::placement::Profile;
+use super::provider::{Placement, Provider, Step, Target};
+use super::session::{self, refused};
 use super::tensor::{Tensor, element_type};
 
 /// Where a graph's bytes are.
@@ -38,7 +41,35 @@ pub struct SessionOptions {
     /// Threads inside one operator; `None` is ONNX Runtime's own choice, one for each physical core.
     pub threads: Option<usize>,
     /// What runs the operators.
-    pub provider: Provider,
+    pub target: Target,
+    /// The provider's own options, checked by `runtime::options`.
+    pub provider_options: BTreeMap<String, String>,
+    /// For each dimension that varies, the least, the usual and the largest size, for providers that compile for them.
+    pub sizes: BTreeMap<String, [usize; 3]>,
+    /// What becomes of what the provider compiles, if it is one that [keeps it](Provider::keeps_compiled).
+    pub compiled: Compiled,
+    /// Read where nodes run; see [`Graph::placement`].
+    pub placement: bool,
+}
+
+/// What the loading of a graph ends with when it fails.
+#[derive(Debug)]
+pub enum OpenError {
+    /// The provider does not serve; another may.
+    Refused {
+        /// How far it came.
+        step: Step,
+        /// Why, in ONNX Runtime's words.
+        reason: String,
+    },
+    /// The graph itself, or the runtime, is at fault.
+    Failed(Error),
+}
+
+impl From<Error> for OpenError {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 /// An ONNX graph that is ready to run.
@@ -46,9 +77,13 @@ pub struct Graph {
     name: String,
     spec: GraphSpec,
     session: Session,
+    profile: Profile,
     binding: IoBinding,
     output_memory: MemoryInfo<'static>,
+    cache_memory: CacheMemory,
     canceler: Canceler,
+    // After the session, which may still write there when it ends.
+    _place: Place,
 }
 
 impl Graph {
@@ -57,38 +92,114 @@ impl Graph {
     /// `name` is the component's name, for errors.
     ///
     /// # Errors
-    /// [`Error::Library`] before [`Runtime::start`]; [`Error::Graph`] when ONNX Runtime cannot load it or it is not
-    /// what `spec` says.
+    /// [`OpenError::Refused`] when another provider than the processor is not there, cannot be appended, or does not
+    /// take the graph. Otherwise [`OpenError::Failed`] with [`Error::Library`] before [`Runtime::start`];
+    /// [`Error::Request`] when the provider has no such option; [`Error::Graph`] when ONNX Runtime cannot load the
+    /// graph or it is not what `spec` says.
     pub fn open(
         name: &str,
         source: &GraphSource,
         spec: &GraphSpec,
         options: &SessionOptions,
-    ) -> Result<Self> {
+    ) -> std::result::Result<Self, OpenError> {
         let runtime = Runtime::started()?;
-        let failed = |reason: String| move |e: ort::Error| Error::graph(name, reason).because(e);
-        let mut builder = configure(runtime, source, options)
-            .map_err(failed("its session could not be set up; report this".to_owned()))?;
-        let session = match source {
-            GraphSource::File(path) => builder.commit_from_file(path).map_err(failed(format!(
-                "ONNX Runtime could not load {}; check the package or export it again",
-                path.display()
-            ))),
-            GraphSource::Memory { graph, .. } => builder.commit_from_memory(graph).map_err(failed(
+        let provider = options.target.provider;
+        let profile = Profile::new(options.placement, provider);
+        let place = Place::new(provider, &options.compiled)?;
+        let source = place.source.as_ref().unwrap_or(source);
+        let mut builder =
+            session::builder(runtime, name, source, spec, options, &place, profile.prefix().as_deref())?;
+        let (committed, why) = match source {
+            GraphSource::File(path) => (
+                builder.commit_from_file(path),
+                format!(
+                    "ONNX Runtime could not load {}; check the package or export it again",
+                    path.display()
+                ),
+            ),
+            GraphSource::Memory { graph, .. } => (
+                builder.commit_from_memory(graph),
                 "ONNX Runtime could not load it from memory; build the program with a package that verifies"
                     .to_owned(),
-            )),
-        }?;
+            ),
+        };
+        let session = committed.map_err(|e| match provider {
+            Provider::Cpu => OpenError::Failed(Error::graph(name, why).because(e)),
+            // The processor may still load it; if not, it will say so.
+            _ => refused(Step::Commit, e.message()),
+        })?;
         compare("input", &declared(session.inputs()), &spec.inputs).map_err(|e| Error::graph(name, e))?;
         compare("output", &declared(session.outputs()), &spec.outputs).map_err(|e| Error::graph(name, e))?;
         let setup = || {
             let memory =
                 MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::Default)?;
-            Ok((session.create_binding()?, memory, Canceler::new()?))
+            let caches = CacheMemory::new(&session, options)?;
+            Ok((session.create_binding()?, memory, caches, Canceler::new()?))
         };
-        let (binding, output_memory, canceler) =
-            setup().map_err(failed("its session could not be set up; report this".to_owned()))?;
-        Ok(Self { name: name.to_owned(), spec: spec.clone(), session, binding, output_memory, canceler })
+        let (binding, output_memory, cache_memory, canceler) = setup().map_err(|e: ort::Error| {
+            Error::graph(name, "its session could not be set up; report this").because(e)
+        })?;
+        let (name, spec) = (name.to_owned(), spec.clone());
+        Ok(Self {
+            name,
+            spec,
+            session,
+            profile,
+            binding,
+            output_memory,
+            cache_memory,
+            canceler,
+            _place: place,
+        })
+    }
+
+    /// Sees whether the provider could be appended to a session for this graph, without a look at the graph itself.
+    ///
+    /// # Errors
+    /// As [`Graph::open`], before the graph is read.
+    pub fn check(
+        name: &str,
+        source: &GraphSource,
+        spec: &GraphSpec,
+        options: &SessionOptions,
+    ) -> std::result::Result<(), OpenError> {
+        let runtime = Runtime::started()?;
+        session::builder(runtime, name, source, spec, options, &Place::default(), None).map(drop)
+    }
+
+    /// Has the provider compile the graph as `options.compiled` says, and forgets the session. A provider that compiles
+    /// only when it knows the sizes of its inputs runs once, with zeros of the usual sizes.
+    ///
+    /// # Errors
+    /// As [`Graph::open`] and [`Graph::run`].
+    pub fn compile(
+        name: &str,
+        source: &GraphSource,
+        spec: &GraphSpec,
+        options: &SessionOptions,
+    ) -> std::result::Result<(), OpenError> {
+        let mut graph = Self::open(name, source, spec, options)?;
+        if compiled::compiles_when_run(options.target.provider, spec) {
+            graph.rehearse(&options.sizes)?;
+        }
+        Ok(())
+    }
+
+    /// Runs the graph on zeros of the usual sizes.
+    fn rehearse(&mut self, sizes: &BTreeMap<String, [usize; 3]>) -> Result<()> {
+        let zeros = |(name, spec): (&String, &TensorSpec)| {
+            let size = |dim: &Dim| match dim {
+                Dim::Fixed(size) => Ok(*size),
+                Dim::Named(dim) => sizes.get(dim).map(|sizes| sizes[1]).ok_or_else(|| {
+                    Error::graph(&self.name, format!("the usual size of {dim} in input {name} is not known"))
+                }),
+            };
+            let shape = spec.shape.iter().map(size).collect::<Result<Vec<_>>>()?;
+            Ok((name.clone(), Tensor::zeros(spec.dtype, &shape)?))
+        };
+        let inputs = self.spec.inputs.iter().map(zeros).collect::<Result<Vec<_>>>()?;
+        let inputs: Vec<_> = inputs.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        self.run(&inputs).map(drop)
     }
 
     /// The component's name.
@@ -99,6 +210,11 @@ impl Graph {
     /// What the graph takes and gives.
     pub fn spec(&self) -> &GraphSpec {
         &self.spec
+    }
+
+    /// The type of the numbers that `input` takes; `f32` when there is no such input, which running will tell.
+    pub fn input_dtype(&self, input: &str) -> DType {
+        self.spec.inputs.get(input).map_or(DType::F32, |spec| spec.dtype)
     }
 
     /// Runs the graph. `inputs` names every input once, in any order.
@@ -112,6 +228,7 @@ impl Graph {
             inputs.iter().map(|&(name, tensor)| (name, SessionInputValue::from(tensor.value()))).collect();
         let result = self.session.run_with_options(values, &self.canceler.options);
         let outputs = result.map_err(|e| self.canceler.explain(&self.name, e))?;
+        self.profile.ran();
         Outputs::new(&self.name, outputs, &[])
     }
 
@@ -141,6 +258,22 @@ impl Graph {
         outputs
     }
 
+    /// Where the nodes ran, once the graph has run; `None` before, when [`SessionOptions::placement`] is off, and when
+    /// the runtime's profile could not be read, which is logged.
+    ///
+    /// The first call after a run ends the profile, and with it the cost of taking it.
+    ///
+    /// # Errors
+    /// None today; a profile that cannot be read is no fault of the graph.
+    pub fn placement(&mut self) -> Result<Option<Placement>> {
+        Ok(self.profile.read(&mut self.session))
+    }
+
+    /// Where tensors should be that [`Graph::run_in_place`] reads and writes.
+    pub fn cache_memory(&self) -> &CacheMemory {
+        &self.cache_memory
+    }
+
     /// A handle that ends a run from another thread.
     pub fn canceler(&self) -> Canceler {
         self.canceler.clone()
@@ -154,6 +287,7 @@ impl Graph {
         self.bind(inputs, in_place).map_err(|e| self.canceler.explain(&self.name, e))?;
         let result = self.session.run_binding_with_options(&self.binding, &self.canceler.options);
         let outputs = result.map_err(|e| self.canceler.explain(&self.name, e))?;
+        self.profile.ran();
         let written: Vec<&str> = in_place.iter().map(|(_, output, _)| *output).collect();
         Outputs::new(&self.name, outputs, &written)
     }
@@ -204,30 +338,6 @@ impl fmt::Debug for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Graph").field("name", &self.name).finish_non_exhaustive()
     }
-}
-
-fn configure(
-    runtime: &Runtime,
-    source: &GraphSource,
-    options: &SessionOptions,
-) -> ort::Result<SessionBuilder> {
-    // The CPU provider is never registered by name: that turns its arena off.
-    let Provider::Cpu = options.provider;
-    let mut builder = Session::builder(runtime.environment())?
-        // ort's own default policy lets Core ML in on a Mac.
-        .with_auto_device(AutoDevicePolicy::PreferCPU)?
-        .with_optimization_level(GraphOptimizationLevel::All)?
-        // Patterns are planned for shapes that repeat; past and prompt lengths do not.
-        .with_memory_pattern(false)?;
-    if let Some(threads) = options.threads {
-        builder = builder.with_intra_threads(threads)?;
-    }
-    if let GraphSource::Memory { data, .. } = source {
-        for (name, bytes) in data {
-            builder = builder.with_external_initializer_file_in_memory(name, Arc::from(*bytes))?;
-        }
-    }
-    Ok(builder)
 }
 
 /// What one run gave.
@@ -385,7 +495,6 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::package::manifest::DType;
     use crate::runtime::testing;
 
     // The sizes of tests/reference/gqa.py.
@@ -412,7 +521,10 @@ mod tests {
     fn open(file: &str, spec: &GraphSpec) -> Result<Graph> {
         testing::start();
         let options = SessionOptions { threads: Some(1), ..SessionOptions::default() };
-        Graph::open("decoder", &GraphSource::File(reference(file)), spec, &options)
+        Graph::open("decoder", &GraphSource::File(reference(file)), spec, &options).map_err(|e| match e {
+            OpenError::Failed(error) => error,
+            OpenError::Refused { reason, .. } => panic!("the processor refused: {reason}"),
+        })
     }
 
     fn gqa_spec() -> GraphSpec {
@@ -598,7 +710,8 @@ mod tests {
         let mut file = open("external.onnx", &external_spec()).unwrap();
         assert_eq!(y.f32s().unwrap(), file.run(&inputs).unwrap().take("y").unwrap().f32s().unwrap());
 
-        let error = Graph::open("decoder", &source(Vec::new()), &external_spec(), &options).unwrap_err();
+        let error = Graph::open("decoder", &source(Vec::new()), &external_spec(), &options);
+        let Err(OpenError::Failed(error)) = error else { panic!("a graph without its weights was loaded") };
         assert!(error.to_string().starts_with("graph decoder: ONNX Runtime could not load it"), "{error}");
     }
 
@@ -656,6 +769,32 @@ mod tests {
         let error = open("gqa.py", &gqa_spec()).unwrap_err();
         assert!(error.to_string().contains("gqa.py; check the package"), "{error}");
         assert!(std::error::Error::source(&error).is_some(), "ONNX Runtime's own words are kept");
+    }
+
+    #[test]
+    fn a_provider_that_is_not_there_is_refused_in_the_words_of_the_runtime() {
+        let runtime = testing::start();
+        let open = |target: Target, key: Option<&str>| {
+            let provider_options = key.map(|key| (key.to_owned(), "1".to_owned())).into_iter().collect();
+            let options = SessionOptions { target, provider_options, ..SessionOptions::default() };
+            let source = GraphSource::File(reference("external.onnx"));
+            Graph::open("decoder", &source, &external_spec(), &options).unwrap_err()
+        };
+        for status in runtime.providers().into_iter().filter(|one| !one.built_in) {
+            let OpenError::Refused { step, reason } = open(status.provider.into(), None) else { panic!() };
+            assert_eq!(step, Step::Build, "{reason}");
+            assert!(reason.contains(&format!("{} ", status.provider)) || reason.contains(": "), "{reason}");
+            assert_eq!(Some(reason), status.note);
+        }
+        let OpenError::Refused { step, reason } = open("cpu:1".parse().unwrap(), None) else { panic!() };
+        assert_eq!((step, reason.as_str()), (Step::Append, "there is no cpu:1; cpu has one device, cpu:0"));
+        let OpenError::Failed(error) = open(Provider::Cuda.into(), Some("gpu_memory_limit")) else {
+            panic!()
+        };
+        assert_eq!(
+            error.to_string(),
+            "cuda takes no option \"gpu_memory_limit\"; did you mean gpu_mem_limit?"
+        );
     }
 
     #[test]

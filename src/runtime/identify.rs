@@ -1,4 +1,4 @@
-//! What a file is that is said to be ONNX Runtime, before it is loaded: loading runs its code.
+//! What a file is that is said to be ONNX Runtime or a provider's plugin, before it is loaded: loading runs its code.
 
 use std::fmt;
 use std::fs::File;
@@ -11,9 +11,41 @@ use crate::error::{Error, Result};
 /// Reads the head of a file and refuses what is no whole shared library for this machine, with a sentence: the path,
 /// what is there, and what to do.
 pub(super) fn check_file(path: &Path) -> std::result::Result<(), String> {
-    let refused = |what: &dyn fmt::Display| {
-        Err(format!("{} {what}; name a library of ONNX Runtime {ADVICE}", path.display()))
+    match examine(path) {
+        Ok(()) => Ok(()),
+        Err(Fault::Zip) => Err(format!(
+            "{path} is a zip archive; if it is a wheel of ONNX Runtime, install it with `llava-phi runtime install \
+             --from {path}`",
+            path = path.display()
+        )),
+        Err(Fault::What(what)) => {
+            Err(format!("{} {what}; name a library of ONNX Runtime {ADVICE}", path.display()))
+        }
+    }
+}
+
+const ADVICE: &str = "1.24 or newer, or let `llava-phi runtime install` fetch one";
+
+/// The same for a library that is said to bring a provider.
+pub(super) fn check_plugin(path: &Path) -> std::result::Result<(), String> {
+    let what = match examine(path) {
+        Ok(()) if mentions(path, b"CreateEpFactories") => return Ok(()),
+        Ok(()) => "is a library but not a provider's plugin (it has no CreateEpFactories)".to_owned(),
+        Err(Fault::Zip) => "is a zip archive, which must be unpacked first".to_owned(),
+        Err(Fault::What(what)) => what,
     };
+    Err(format!("{} {what}; name the plugin's own library", path.display()))
+}
+
+/// Why a file is no library that could be loaded.
+enum Fault {
+    Zip,
+    /// The end of a sentence that begins with the path.
+    What(String),
+}
+
+fn examine(path: &Path) -> std::result::Result<(), Fault> {
+    let refused = |what: &dyn fmt::Display| Err(Fault::What(what.to_string()));
     let meta = match path.metadata() {
         Ok(meta) => meta,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return refused(&"does not exist"),
@@ -38,16 +70,10 @@ pub(super) fn check_file(path: &Path) -> std::result::Result<(), String> {
             refused(&format_args!("is cut off: it has {} bytes of at least {ends}", meta.len()))
         }
         Kind::Library { .. } => Ok(()),
-        Kind::Wheel => Err(format!(
-            "{path} is a zip archive; if it is a wheel of ONNX Runtime, install it with `llava-phi runtime install \
-             --from {path}`",
-            path = path.display()
-        )),
+        Kind::Wheel => Err(Fault::Zip),
         Kind::Other(what) => refused(&what),
     }
 }
-
-const ADVICE: &str = "1.24 or newer, or let `llava-phi runtime install` fetch one";
 
 /// Whether a file is a zip archive, as wheels are.
 pub(super) fn is_zip(path: &Path) -> std::io::Result<bool> {
@@ -145,7 +171,6 @@ fn full_version(path: &Path, minor: u32) -> String {
 }
 
 /// Whether the bytes `needle` stand anywhere in the file.
-#[cfg(feature = "load-dynamic")]
 fn mentions(path: &Path, needle: &[u8]) -> bool {
     std::fs::read(path).is_ok_and(|bytes| bytes.windows(needle.len()).any(|window| window == needle))
 }

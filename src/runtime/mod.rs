@@ -1,18 +1,29 @@
 //! Finds and starts ONNX Runtime, once, or says why not: the only folder that names `ort`.
 
+mod built_in;
 mod cache;
+mod cache_memory;
+pub mod compiled;
 pub mod fetch;
 pub mod graph;
 mod identify;
+mod keys;
 pub mod library;
+pub mod options;
 mod pins;
+mod placement;
+pub mod plugins;
 pub mod provider;
+mod session;
+mod settings;
+pub mod status;
 pub mod tensor;
 #[cfg(test)]
 pub(crate) mod testing;
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use ort::environment::{Environment, EnvironmentBuilder};
@@ -20,15 +31,20 @@ use ort::logging::LogLevel;
 
 use crate::error::{Error, Result};
 
-pub use graph::{Canceler, Graph, GraphSource, Outputs, SessionOptions};
+pub use cache_memory::CacheMemory;
+pub use compiled::Compiled;
+pub use graph::{Canceler, Graph, GraphSource, OpenError, Outputs, SessionOptions};
 pub use library::{Library, LibraryOptions, LibraryVariant, Origin};
-pub use provider::{Provider, ProviderReport, Refusal};
+pub use plugins::{DeviceInfo, DeviceKind};
+pub use provider::{Placement, Provider, Refusal, Step, Target};
+pub use status::ProviderStatus;
 pub use tensor::Tensor;
 
 /// ONNX Runtime, loaded and started. There is one for the life of the process.
 pub struct Runtime {
     environment: Environment,
     library: Library,
+    plugins: Mutex<BTreeMap<Provider, PathBuf>>,
 }
 
 static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -69,7 +85,7 @@ impl Runtime {
             return runtime.unless_other(options);
         }
         let (environment, library) = open(options, progress)?;
-        Ok(RUNTIME.get_or_init(|| Self { environment, library }))
+        Ok(RUNTIME.get_or_init(|| Self { environment, library, plugins: Mutex::default() }))
     }
 
     /// The runtime that [`Runtime::start`] started.

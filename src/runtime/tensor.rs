@@ -1,8 +1,9 @@
 //! A tensor that ONNX Runtime owns: what graphs read and write.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use half::f16;
+use half::slice::HalfFloatSliceExt as _;
 use ort::memory::Allocator;
 use ort::value::{DynTensor, DynValue, PrimitiveTensorElementType, TensorElementType};
 
@@ -78,19 +79,35 @@ impl Tensor {
         Self::from_slice(DType::I64, shape, data.as_ref())
     }
 
-    /// A copy of an array or a view, of any layout and any number of dimensions.
+    /// A tensor of `f32` or, rounded, of `f16`, as a graph asks for it; otherwise as [`Tensor::from_f32`].
     ///
     /// # Errors
-    /// As [`Tensor::zeros`].
-    pub fn from_array<S, D>(array: &ndarray::ArrayBase<S, D>) -> Result<Self>
+    /// As [`Tensor::from_f32`], and for a type that is neither.
+    pub fn from_reals(dtype: DType, shape: &[usize], data: &[f32]) -> Result<Self> {
+        match dtype {
+            DType::F16 => {
+                let mut half = vec![f16::ZERO; data.len()];
+                half.convert_from_f32_slice(data);
+                Self::from_slice(dtype, shape, &half)
+            }
+            _ => Self::from_slice(dtype, shape, data),
+        }
+    }
+
+    /// A copy of an array or a view, of any layout and any number of dimensions, as `f32` or `f16`.
+    ///
+    /// # Errors
+    /// As [`Tensor::from_reals`].
+    pub fn from_array<S, D>(dtype: DType, array: &ndarray::ArrayBase<S, D>) -> Result<Self>
     where
         S: ndarray::Data<Elem = f32>,
         D: ndarray::Dimension,
     {
-        match array.as_slice() {
-            Some(slice) => Self::from_f32(array.shape(), slice),
-            None => Self::from_f32(array.shape(), array.iter().copied().collect::<Vec<f32>>()),
+        if let Some(slice) = array.as_slice() {
+            return Self::from_reals(dtype, array.shape(), slice);
         }
+        let values: Vec<f32> = array.iter().copied().collect();
+        Self::from_reals(dtype, array.shape(), &values)
     }
 
     /// Type of the elements.
@@ -167,12 +184,25 @@ impl Tensor {
         self.slice_mut(DType::I64)
     }
 
-    /// A copy as an array of the numbers' own shape.
+    /// The elements, row by row, `f16` widened.
     ///
     /// # Errors
-    /// [`Error::Request`] when the numbers are not f32 or the tensor has another number of dimensions than `D`.
+    /// [`Error::Request`] when they are neither `f32` nor `f16`.
+    pub fn reals(&self) -> Result<Cow<'_, [f32]>> {
+        match self.dtype {
+            DType::F16 => self.f16s().map(|half| Cow::Owned(half.to_f32_vec())),
+            _ => self.f32s().map(Cow::Borrowed),
+        }
+    }
+
+    /// A copy as an array of the numbers' own shape, `f16` widened.
+    ///
+    /// # Errors
+    /// [`Error::Request`] when the numbers are neither f32 nor f16, or the tensor has another number of dimensions
+    /// than `D`.
     pub fn to_array<D: ndarray::Dimension>(&self) -> Result<ndarray::Array<f32, D>> {
-        let dynamic = ndarray::ArrayView::from_shape(self.shape.as_slice(), self.f32s()?);
+        let reals = self.reals()?;
+        let dynamic = ndarray::ArrayView::from_shape(self.shape.as_slice(), &reals);
         let array = dynamic.and_then(ndarray::ArrayView::into_dimensionality);
         array.map(|view| view.to_owned()).map_err(|e| {
             let wanted = D::NDIM.map_or_else(String::new, |n| format!(" of {n} dimensions"));
@@ -180,14 +210,15 @@ impl Tensor {
         })
     }
 
-    /// Copies the first `rows` of the last but one dimension from `source`, for every index of the dimensions before.
+    /// Copies the first `rows` of the last but one dimension from `source` to the rows from `start` on, for every index
+    /// of the dimensions before.
     ///
     /// # Errors
-    /// [`Error::Request`] when the two differ in more than the number of rows, or either has fewer than `rows`.
-    pub fn copy_rows(&mut self, source: &Self, rows: usize) -> Result<()> {
+    /// [`Error::Request`] when the two differ in more than the number of rows, or either has too few rows.
+    pub fn copy_rows(&mut self, source: &Self, rows: usize, start: usize) -> Result<()> {
         match (self.dtype, source.dtype) {
-            (DType::F32, DType::F32) => self.copy_rows_of::<f32>(source, rows),
-            (DType::F16, DType::F16) => self.copy_rows_of::<f16>(source, rows),
+            (DType::F32, DType::F32) => self.copy_rows_of::<f32>(source, rows, start),
+            (DType::F16, DType::F16) => self.copy_rows_of::<f16>(source, rows, start),
             _ => Err(Error::Request(format!(
                 "rows of a tensor {} cannot be copied to one {}",
                 source.describe(),
@@ -200,14 +231,15 @@ impl Tensor {
         &mut self,
         source: &Self,
         rows: usize,
+        start: usize,
     ) -> Result<()> {
         let shapes = (self.shape.split_last_chunk(), source.shape.split_last_chunk());
         let (Some((outer, &[height, width])), Some((from, &[from_height, from_width]))) = shapes else {
             return Err(Error::Request(format!("a tensor {} has no rows", source.describe())));
         };
-        if outer != from || width != from_width || rows > height || rows > from_height {
+        if outer != from || width != from_width || rows > height.saturating_sub(start) || rows > from_height {
             return Err(Error::Request(format!(
-                "{rows} rows of a tensor {} do not fit one {}",
+                "{rows} rows of a tensor {} do not fit one {} from row {start} on",
                 source.describe(),
                 self.describe()
             )));
@@ -218,7 +250,7 @@ impl Tensor {
         let dtype = self.dtype;
         let target = self.slice_mut::<T>(dtype)?.chunks_exact_mut(height * width);
         for (target, source) in target.zip(source.slice::<T>(dtype)?.chunks_exact(from_height * width)) {
-            target[..rows * width].copy_from_slice(&source[..rows * width]);
+            target[start * width..][..rows * width].copy_from_slice(&source[..rows * width]);
         }
         Ok(())
     }
@@ -229,6 +261,11 @@ impl Tensor {
         let dtype = dtype_of(*value.data_type())?;
         let shape = value.shape().iter().map(|&dim| usize::try_from(dim).ok()).collect::<Option<_>>()?;
         Some(Self { value, dtype, shape })
+    }
+
+    /// A tensor in a provider's own memory: the host cannot read or write it.
+    pub(super) fn on_device(value: DynTensor, dtype: DType, shape: &[usize]) -> Self {
+        Self { value, dtype, shape: shape.to_vec() }
     }
 
     pub(super) fn value(&self) -> &DynTensor {
@@ -342,7 +379,7 @@ mod tests {
     fn an_array_of_any_layout_is_copied_row_by_row() {
         testing::start();
         let array = ndarray::arr2(&[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]);
-        let tensor = Tensor::from_array(&array.t()).unwrap();
+        let tensor = Tensor::from_array(DType::F32, &array.t()).unwrap();
         assert_eq!(tensor.shape(), [3, 2]);
         assert_eq!(tensor.f32s().unwrap(), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
     }
