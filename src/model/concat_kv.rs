@@ -1,12 +1,11 @@
 //! The `concat` form: each step gives a new cache, the past with the new rows behind it.
 
-use super::kv_cache::{CacheNames, KvStore};
-use crate::error::{Error, Result};
-use crate::package::manifest::{DType, DecoderSpec};
-use crate::runtime::{Graph, Tensor};
+use ndarray::ArrayView2;
 
-/// What is added to the score of a position that may not be seen: far below any score, far from overflow.
-const MASKED: f32 = -1e9;
+use super::kv_cache::{CacheNames, KvStore, PRESENT, batch_of_one, last_index, mask, position_ids};
+use crate::error::Result;
+use crate::package::manifest::{DType, DecoderSpec};
+use crate::runtime::{Graph, Outputs, Tensor};
 
 /// Keys and values as `[1, kv_heads, past, head_dim]` tensors.
 #[derive(Debug)]
@@ -20,7 +19,7 @@ pub(super) struct ConcatKv {
 
 impl ConcatKv {
     pub(super) fn new(spec: &DecoderSpec, dtype: DType) -> Result<Self> {
-        let names = CacheNames::new(spec.layers);
+        let names = CacheNames::new(spec.layers, PRESENT);
         let shape = [1, spec.kv_heads, 0, spec.head_dim];
         let caches = names.past.iter().map(|_| Tensor::zeros(dtype, &shape)).collect::<Result<_>>()?;
         Ok(Self { names, caches, kv_heads: spec.kv_heads, head_dim: spec.head_dim, dtype })
@@ -32,32 +31,29 @@ impl KvStore for ConcatKv {
         Ok(())
     }
 
-    fn step(&mut self, graph: &mut Graph, embeds: &Tensor, past: usize, new: usize) -> Result<Tensor> {
-        let total = past + new;
-        let positions = (past..total).map(i64::try_from).collect::<Result<Vec<_>, _>>();
-        let positions = positions.map_err(|_| Error::TooLong { needed: total, capacity: past })?;
-        let mask = (past..total)
-            .flat_map(|row| (0..total).map(move |column| if column <= row { 0.0 } else { MASKED }));
-        let position_ids = Tensor::from_i64(&[1, new], positions)?;
-        let mask = Tensor::from_f32(&[1, 1, new, total], mask.collect::<Vec<f32>>())?;
-        let index = Tensor::from_i64(&[1], vec![i64::try_from(new).map_or(0, |new| new - 1)])?;
+    fn step(&mut self, graph: &mut Graph, embeds: &ArrayView2<'_, f32>, past: usize) -> Result<Outputs> {
+        let new = embeds.nrows();
+        let position_ids = position_ids(past, new)?;
+        let mask = mask(graph, new, past + new, |row, column| column <= past + row)?;
+        let index = last_index(new)?;
+        let embeds = batch_of_one(graph, embeds)?;
         let mut inputs = vec![
-            ("inputs_embeds", embeds),
+            ("inputs_embeds", &embeds),
             ("position_ids", &position_ids),
             ("attention_mask", &mask),
             ("logits_index", &index),
         ];
         inputs.extend(self.names.past.iter().map(String::as_str).zip(&self.caches));
         let mut outputs = graph.run(&inputs)?;
-        self.caches = self.names.present.iter().map(|name| outputs.take(name)).collect::<Result<_>>()?;
-        outputs.take("logits")
+        self.caches = self.names.given.iter().map(|name| outputs.take(name)).collect::<Result<_>>()?;
+        Ok(outputs)
     }
 
     fn truncate(&mut self, used: usize) -> Result<()> {
         let shape = [1, self.kv_heads, used, self.head_dim];
         for cache in &mut self.caches {
             let mut kept = Tensor::zeros(self.dtype, &shape)?;
-            kept.copy_rows(cache, used)?;
+            kept.copy_rows(cache, used, 0)?;
             *cache = kept;
         }
         Ok(())

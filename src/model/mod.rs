@@ -1,33 +1,60 @@
 //! LLaVA-Phi: its components, what they share, and how a prompt is read.
 
 pub mod cancel;
+mod chain;
+pub mod compile;
+pub mod compiled;
 mod concat_kv;
+pub mod decision;
 pub mod decoder;
+mod delta_kv;
 pub mod embed;
+pub mod goldens;
+mod head;
 pub mod kv_cache;
+pub mod measure;
+mod memory;
 pub mod projector;
+mod rotary;
+mod scatter_kv;
+pub mod selection;
 mod shared_kv;
 pub mod vision;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use ndarray::s;
+use ndarray::{Axis, concatenate, s};
+use serde::Serialize;
 
+use crate::compiled::CompiledCache;
 use crate::error::{Error, Result};
-use crate::package::manifest::{GraphSpec, KvSpec};
-use crate::package::{Component, FileSource, ModelPackage};
-use crate::runtime::{Graph, GraphSource, Provider, ProviderReport, Refusal, SessionOptions};
+use crate::package::manifest::HIDDEN_STATES;
+use crate::package::{Component, ModelPackage};
+use crate::runtime::options::check;
+use crate::runtime::{Provider, Refusal, Runtime, Target};
 use crate::text::{Prompt, Span, TokenId};
 use cancel::Canceler;
+use chain::{Chain, Loader, Opened, Serving};
+use compiled::NoticeSink;
+use decision::Decision;
 use decoder::{Decoder, Logits};
 use embed::{Run, TokenEmbedder};
+use goldens::{Agreement, Goldens, distance};
+use head::Head;
 use kv_cache::{KvCache, PositionKey};
 use projector::{ImageEmbeds, Projector};
+use rotary::RotaryTable;
+use selection::{ProviderSelection, VariantSelection};
 use vision::{ImageInput, VisionEncoder};
+
+pub use chain::ComponentReport;
+#[cfg(feature = "cli")]
+pub(crate) use memory::host as memory_host;
 
 /// What generation needs from a model: read a prompt, then read one more token at a time.
 pub trait CausalModel: Send {
@@ -44,8 +71,8 @@ pub trait CausalModel: Send {
     /// read again; what it holds beyond that is forgotten.
     ///
     /// # Errors
-    /// [`Error::Graph`] when a graph fails; [`Error::Cancelled`] when [`CausalModel::canceler`] was used. The cache then
-    /// holds a prefix of the prompt.
+    /// [`Error::Graph`] when a graph fails, [`Error::Unsound`] when it gives what is no number; [`Error::Cancelled`] when
+    /// [`CausalModel::canceler`] was used. The cache then holds a prefix of the prompt.
     fn prefill(
         &mut self,
         prompt: &Prompt,
@@ -61,6 +88,22 @@ pub trait CausalModel: Send {
 
     /// A handle that stops what runs, from another thread.
     fn canceler(&self) -> Canceler;
+
+    /// What serves each component, and what refused to.
+    fn reports(&self) -> Vec<ComponentReport>;
+
+    /// Whether the decoder still computes what it was proved to compute before it served.
+    ///
+    /// # Errors
+    /// As [`CausalModel::prefill`].
+    fn recheck(&mut self) -> Result<bool>;
+
+    /// Takes what runs `graph` out of service for `reason`, and puts the next candidate there. Every cache that was
+    /// made before is then of no use.
+    ///
+    /// # Errors
+    /// [`Error::Provider`] when there is no other that serves.
+    fn demote(&mut self, graph: &str, reason: &str) -> Result<Demotion>;
 }
 
 /// What reading a prompt gave.
@@ -79,86 +122,142 @@ pub struct Prefill {
 }
 
 /// How a model is loaded.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct ModelOptions {
-    /// Serve every component from this variant; the manifest's order otherwise.
-    pub variant: Option<String>,
+    /// Which variants serve; the manifest's order otherwise.
+    pub variants: VariantSelection,
+    /// Which providers serve; the manifest's order otherwise.
+    pub providers: ProviderSelection,
+    /// Libraries of providers that ONNX Runtime comes without. They are loaded when the model is opened, and stay for
+    /// the life of the process.
+    pub plugins: Vec<(Provider, PathBuf)>,
+    /// Options of providers, by their own names; `runtime::options` has those that there are.
+    pub provider_options: BTreeMap<Provider, BTreeMap<String, String>>,
+    /// The most pieces into which a graph may fall on a provider that compiles it.
+    pub max_partitions: usize,
     /// Threads for one graph; ONNX Runtime's own choice otherwise.
     pub threads: Option<usize>,
     /// The most positions that one run of the decoder reads; all at once otherwise.
     pub prefill_chunk: Option<usize>,
+    /// Keep the vision encoder and the projector in memory only while an image is encoded.
+    pub low_memory: bool,
+    /// The most bytes of memory that the model may take; what the machine has left bounds it in any case.
+    pub memory_limit: Option<u64>,
+    /// What was measured to be fastest here, tried first for each component for which nothing else is asked.
+    pub decision: Option<Arc<Decision>>,
+    /// Where what providers compile is kept for later sessions; each session compiles anew otherwise.
+    pub compiled: Option<Arc<CompiledCache>>,
+    /// Who is told what takes long.
+    pub notices: Option<NoticeSink>,
 }
 
-/// Which variant and provider serve one component, and which did not.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ComponentReport {
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self {
+            variants: VariantSelection::default(),
+            providers: ProviderSelection::default(),
+            plugins: Vec::new(),
+            provider_options: BTreeMap::new(),
+            max_partitions: 4,
+            threads: None,
+            prefill_chunk: None,
+            low_memory: false,
+            memory_limit: None,
+            decision: None,
+            compiled: None,
+            notices: None,
+        }
+    }
+}
+
+/// A variant that was taken out of service, and what serves instead.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Demotion {
     /// The component.
     pub component: Component,
-    /// The variant that serves it.
+    /// What served, and why it no longer does.
+    pub refusal: Refusal,
+    /// The variant that serves now.
     pub variant: String,
-    /// The provider that runs it, and those that refused.
-    pub provider: ProviderReport,
+    /// The provider that runs it.
+    pub provider: Target,
 }
 
 /// A loaded LLaVA-Phi.
 #[derive(Debug)]
 pub struct LlavaPhi {
-    vision: VisionEncoder,
-    projector: Projector,
+    loader: Loader,
+    goldens: Goldens,
+    vision: Stage<VisionEncoder>,
+    projector: Stage<Projector>,
+    decoder: Stage<Decoder>,
+    head: Option<ComponentReport>,
+    rotary: Option<Arc<RotaryTable>>,
     embedder: TokenEmbedder,
-    decoder: Decoder,
-    reports: Vec<ComponentReport>,
     tokens_per_image: usize,
-    prefill_chunk: usize,
-    canceler: Canceler,
+}
+
+/// A component while it serves, and what may take over from it.
+#[derive(Debug)]
+struct Stage<T> {
+    chain: Chain,
+    /// `None` while it is not in memory.
+    serving: Option<T>,
+    report: ComponentReport,
 }
 
 impl LlavaPhi {
-    /// Loads the three graphs and the embedding table of `package`. [`crate::runtime::Runtime::start`]
-    /// must have been called.
+    /// Loads the graphs and the embedding table of `package`, each on the first provider that computes what the
+    /// package's goldens say. [`crate::runtime::Runtime::start`] must have been called.
     ///
     /// # Errors
     /// [`Error::Package`] for a damaged file and a graph that is not what the manifest says, [`Error::Provider`] when
-    /// nothing serves a component.
+    /// nothing serves a component or a plugin cannot be loaded, [`Error::Request`] for a variant that the package does
+    /// not have and an option that a provider does not take.
     pub fn open(package: &ModelPackage, options: &ModelOptions) -> Result<Self> {
-        let mut reports = Vec::new();
-        let mut canceler = Canceler::default();
-        let mut open = |component| {
-            let opened = open_component(package, component, options)?;
-            reports.push(opened.report);
-            canceler.add(opened.graph.canceler());
-            Ok::<_, Error>((opened.graph, opened.kv))
-        };
-        let (vision, _) = open(Component::VisionEncoder)?;
-        let (projector, _) = open(Component::Projector)?;
-        let (decoder, kv) = open(Component::Decoder)?;
-        let kv =
-            kv.ok_or_else(|| Error::graph("decoder", "the manifest does not say how its cache is kept"))?;
-        Ok(Self {
-            vision: VisionEncoder::new(vision),
-            projector: Projector::new(projector),
-            embedder: TokenEmbedder::open(package)?,
-            decoder: Decoder::new(decoder, package.manifest().decoder.clone(), kv),
-            reports,
-            tokens_per_image: package.manifest().vision.tokens_per_image,
-            prefill_chunk: options.prefill_chunk.unwrap_or(usize::MAX).max(1),
-            canceler,
-        })
+        register(options)?;
+        let loader = Loader::new(package, options);
+        let goldens = Goldens::open(package)?;
+        let embedder = TokenEmbedder::open(package)?;
+        let chain = |component| Chain::new(&loader, component);
+        let mut vision =
+            Stage::open(chain(Component::VisionEncoder)?, &loader, |opened| check_vision(opened, &goldens))?;
+        // What is proved is dropped before the next one is loaded: both would not fit.
+        vision.rest(&loader);
+        let mut projector =
+            Stage::open(chain(Component::Projector)?, &loader, |opened| check_projector(opened, &goldens))?;
+        projector.rest(&loader);
+        let rotary = RotaryTable::open(package)?.map(Arc::new);
+        let mut head = None;
+        let decoder = Stage::open(chain(Component::Decoder)?, &loader, |opened| {
+            check_decoder(opened, &loader, &goldens, &embedder, rotary.as_ref(), &mut head)
+        })?;
+        let tokens_per_image = package.manifest().vision.tokens_per_image;
+        Ok(Self { loader, goldens, vision, projector, decoder, head, rotary, embedder, tokens_per_image })
     }
 
-    /// What serves each component, and what refused to.
-    pub fn reports(&self) -> &[ComponentReport] {
-        &self.reports
+    /// Positions that a cache can hold: the model's context, unless the decoder's graph has room for fewer.
+    ///
+    /// # Errors
+    /// As [`LlavaPhi::decoder`].
+    pub fn capacity(&mut self) -> Result<usize> {
+        self.decoder().map(|decoder| decoder.capacity())
     }
 
     /// The vision encoder, for whoever walks the stages one by one.
-    pub fn vision(&mut self) -> &mut VisionEncoder {
-        &mut self.vision
+    ///
+    /// # Errors
+    /// When it is not kept in memory and can no longer be loaded.
+    pub fn vision(&mut self) -> Result<&mut VisionEncoder> {
+        self.vision.awake(&self.loader, |opened| VisionEncoder::new(opened.graph))
     }
 
     /// The projector, for whoever walks the stages one by one.
-    pub fn projector(&mut self) -> &mut Projector {
-        &mut self.projector
+    ///
+    /// # Errors
+    /// As [`LlavaPhi::vision`].
+    pub fn projector(&mut self) -> Result<&mut Projector> {
+        self.projector.awake(&self.loader, |opened| Projector::new(opened.graph))
     }
 
     /// The token embeddings, for whoever walks the stages one by one.
@@ -167,14 +266,151 @@ impl LlavaPhi {
     }
 
     /// The decoder, for whoever walks the stages one by one.
-    pub fn decoder(&mut self) -> &mut Decoder {
-        &mut self.decoder
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] when it was taken out of service and nothing could take over.
+    pub fn decoder(&mut self) -> Result<&mut Decoder> {
+        self.decoder.serving.as_mut().ok_or_else(|| Error::Stopped("no decoder serves any more".to_owned()))
     }
 
     fn encode(&mut self, image: &ImageInput) -> Result<ImageEmbeds> {
-        let features = self.vision.encode(image.pixels())?;
-        self.projector.project(&features)
+        let features = self.vision()?.encode(&image.pixels().view())?;
+        self.vision.rest(&self.loader);
+        let embeds = self.projector()?.project(&features.view());
+        self.projector.rest(&self.loader);
+        embeds
     }
+}
+
+impl<T: Serving> Stage<T> {
+    fn open(
+        mut chain: Chain,
+        loader: &Loader,
+        check: impl FnMut(Opened) -> Result<(T, Vec<Agreement>)>,
+    ) -> Result<Self> {
+        let (serving, report) = chain.serve(loader, check)?;
+        Ok(Self { chain, serving: Some(serving), report })
+    }
+
+    /// What serves, loaded again if it was put to rest.
+    fn awake(&mut self, loader: &Loader, build: impl FnOnce(Opened) -> T) -> Result<&mut T> {
+        let serving = match self.serving.take() {
+            Some(serving) => serving,
+            None => build(loader.reopen(&self.report)?),
+        };
+        Ok(self.serving.insert(serving))
+    }
+
+    /// Frees the graph, if memory is to be saved.
+    fn rest(&mut self, loader: &Loader) {
+        if loader.options.low_memory {
+            self.serving = None;
+            loader.memory.frees(self.report.component);
+        }
+    }
+
+    /// Goes on to the next candidate. When none serves, what served before goes on serving.
+    fn replace(
+        &mut self,
+        loader: &Loader,
+        reason: &str,
+        mut check: impl FnMut(Opened) -> Result<(T, Vec<Agreement>)>,
+    ) -> Result<Demotion> {
+        if self.chain.is_exhausted() {
+            let graph = self.report.component.name().to_owned();
+            return Err(Error::Unsound { graph, reason: reason.to_owned() });
+        }
+        // Freed first: two of them may not fit.
+        self.serving = None;
+        loader.memory.frees(self.report.component);
+        let refusal = self.chain.demote(&self.report, reason);
+        match self.chain.serve(loader, &mut check) {
+            Ok((serving, report)) => (self.serving, self.report) = (Some(serving), report),
+            Err(error) => {
+                let (serving, _) = check(loader.reopen(&self.report)?)?;
+                self.serving = Some(serving);
+                return Err(error);
+            }
+        }
+        let ComponentReport { component, variant, provider, .. } = self.report.clone();
+        Ok(Demotion { component, refusal, variant, provider })
+    }
+}
+
+/// Loads the plugins of `options`, and refuses what no provider takes, whether or not that provider will be tried.
+fn register(options: &ModelOptions) -> Result<()> {
+    for (provider, given) in &options.provider_options {
+        given.iter().try_for_each(|(key, value)| check(*provider, key, value))?;
+    }
+    let runtime = Runtime::started()?;
+    options.plugins.iter().try_for_each(|(provider, path)| runtime.register_plugin(*provider, path))
+}
+
+fn check_vision(opened: Opened, goldens: &Goldens) -> Result<(VisionEncoder, Vec<Agreement>)> {
+    let tolerance = opened.tolerance.patch_features;
+    let mut vision = VisionEncoder::new(opened.graph);
+    let features = vision.encode(&goldens.pixel_values.view())?;
+    let distance = distance(features.view().iter(), goldens.patch_features.iter());
+    Ok((vision, vec![Agreement { what: "patch features", distance, tolerance }]))
+}
+
+fn check_projector(opened: Opened, goldens: &Goldens) -> Result<(Projector, Vec<Agreement>)> {
+    let tolerance = opened.tolerance.image_embeds;
+    let mut projector = Projector::new(opened.graph);
+    let embeds = projector.project(&goldens.patch_features.view())?;
+    let distance = distance(embeds.rows().iter(), goldens.image_embeds.iter());
+    Ok((projector, vec![Agreement { what: "image embeddings", distance, tolerance }]))
+}
+
+/// Opens the decoder's head if it needs one, and checks both together.
+fn check_decoder(
+    opened: Opened,
+    loader: &Loader,
+    goldens: &Goldens,
+    embedder: &TokenEmbedder,
+    rotary: Option<&Arc<RotaryTable>>,
+    head_report: &mut Option<ComponentReport>,
+) -> Result<(Decoder, Vec<Agreement>)> {
+    let Opened { graph, kv, tolerance, .. } = opened;
+    *head_report = None;
+    let kv = kv.ok_or_else(|| Error::graph("decoder", "the manifest does not say how its cache is kept"))?;
+    let head = if graph.spec().outputs.contains_key(HIDDEN_STATES) {
+        // It is proved by the logits, together with the decoder.
+        let unproved = |opened: Opened| Ok((Head::new(opened.graph), Vec::new()));
+        let (head, report) = Chain::new(loader, Component::Head)?.serve(loader, unproved)?;
+        *head_report = Some(report);
+        Some(head)
+    } else {
+        None
+    };
+    let spec = loader.package.manifest().decoder.clone();
+    let run = loader.options.prefill_chunk.unwrap_or(usize::MAX);
+    let mut decoder = Decoder::new(graph, head, spec, kv, rotary.cloned(), run);
+    let distance = golden_distance(&mut decoder, goldens, embedder)?;
+    if let (Some(head), Some(report)) = (decoder.head(), head_report) {
+        report.placement = head.graph().placement()?;
+    }
+    Ok((decoder, vec![Agreement { what: "logits", distance, tolerance: tolerance.logits }]))
+}
+
+/// Reads the golden prompt, then each of the next tokens, and gives the largest distance of their logits.
+fn golden_distance(decoder: &mut Decoder, goldens: &Goldens, embedder: &TokenEmbedder) -> Result<f64> {
+    let mut cache = decoder.empty_cache()?;
+    let before = embedder.embed(&goldens.tokens_before)?;
+    let image = goldens.image_embeds.slice(s![0, ..goldens.image_rows, ..]);
+    let after = embedder.embed(&goldens.tokens_after)?;
+    let prompt = concatenate(Axis(0), &[before.view(), image, after.view()])
+        .map_err(|e| Error::Request(format!("the golden prompt cannot be joined: {e}")))?;
+    // What stands there is not looked up: the cache is dropped at the end.
+    let keys = vec![PositionKey::Token(0); prompt.nrows()];
+    let mut logits = decoder.forward(&prompt.view(), &keys, &mut cache)?;
+    let mut worst = distance(logits.values().iter(), goldens.logits_after(0).iter());
+    for (read, token) in goldens.next_tokens.iter().enumerate() {
+        let row = embedder.embed(&[*token])?;
+        logits = decoder.forward(&row.view(), &[PositionKey::Token(*token)], &mut cache)?;
+        worst = worst.max(distance(logits.values().iter(), goldens.logits_after(read + 1).iter()));
+    }
+    Ok(worst)
 }
 
 /// What stands at each position of `prompt`.
@@ -209,7 +445,7 @@ impl CausalModel for LlavaPhi {
     type Cache = KvCache;
 
     fn empty_cache(&mut self) -> Result<KvCache> {
-        self.decoder.empty_cache()
+        self.decoder()?.empty_cache()
     }
 
     fn prefill(
@@ -239,25 +475,43 @@ impl CausalModel for LlavaPhi {
         cache.reserve(keys.len())?;
         let runs = runs_after(prompt, images, &encoded, tokens_per_image, cached)?;
         let embeds = self.embedder.splice(&runs)?;
-        let mut logits = None;
-        let mut at = cached;
-        while at < keys.len() {
-            let end = at.saturating_add(self.prefill_chunk).min(keys.len());
-            let rows = embeds.slice(s![at - cached..end - cached, ..]);
-            logits = Some(self.decoder.forward(&rows, &keys[at..end], cache)?);
-            at = end;
-        }
-        let logits = logits.ok_or_else(|| Error::Request("the prompt is empty; ask something".to_owned()))?;
+        let logits = self.decoder()?.forward(&embeds.view(), &keys[cached..], cache)?;
         Ok(Prefill { logits, cached, images_encoded: encoded.len(), vision, decoder: begin.elapsed() })
     }
 
     fn decode(&mut self, token: TokenId, cache: &mut KvCache) -> Result<Logits> {
         let embeds = self.embedder.embed(&[token])?;
-        self.decoder.forward(&embeds.view(), &[PositionKey::Token(token)], cache)
+        self.decoder()?.forward(&embeds.view(), &[PositionKey::Token(token)], cache)
     }
 
     fn canceler(&self) -> Canceler {
-        self.canceler.clone()
+        self.loader.canceler.clone()
+    }
+
+    fn reports(&self) -> Vec<ComponentReport> {
+        let stages = [&self.vision.report, &self.projector.report, &self.decoder.report];
+        stages.into_iter().chain(self.head.as_ref()).cloned().collect()
+    }
+
+    fn recheck(&mut self) -> Result<bool> {
+        let Some(decoder) = &mut self.decoder.serving else { return Ok(false) };
+        let distance = golden_distance(decoder, &self.goldens, &self.embedder)?;
+        Ok(self.decoder.report.self_check.iter().all(|check| distance <= check.tolerance))
+    }
+
+    fn demote(&mut self, graph: &str, reason: &str) -> Result<Demotion> {
+        let Self { loader, goldens, vision, projector, decoder, embedder, rotary, head, .. } = self;
+        match Component::ALL.into_iter().find(|component| component.name() == graph) {
+            Some(Component::VisionEncoder) => {
+                vision.replace(loader, reason, |opened| check_vision(opened, goldens))
+            }
+            Some(Component::Projector) => {
+                projector.replace(loader, reason, |opened| check_projector(opened, goldens))
+            }
+            _ => decoder.replace(loader, reason, |opened| {
+                check_decoder(opened, loader, goldens, embedder, rotary.as_ref(), head)
+            }),
+        }
     }
 }
 
@@ -308,72 +562,4 @@ fn runs_after<'a>(
         });
     }
     Ok(runs)
-}
-
-struct OpenedComponent {
-    graph: Graph,
-    kv: Option<KvSpec>,
-    report: ComponentReport,
-}
-
-/// Opens the first choice that a provider serves, keeping why the others did not.
-fn open_component(
-    package: &ModelPackage,
-    component: Component,
-    options: &ModelOptions,
-) -> Result<OpenedComponent> {
-    let mut refused = Vec::new();
-    for choice in package.choices(component, options.variant.as_deref())? {
-        let Some((spec, kv)) = package.graph(component, &choice.variant) else { continue };
-        let opened = choice.provider.parse().and_then(|provider: Provider| {
-            let session = SessionOptions { threads: options.threads, provider };
-            let graph = Graph::open(component.name(), &graph_source(package, spec)?, spec, &session)
-                .map_err(|error| of_package(package, spec, error))?;
-            Ok((provider, graph))
-        });
-        match opened {
-            Ok((chosen, graph)) => {
-                let provider = ProviderReport { chosen, refused };
-                let report = ComponentReport { component, variant: choice.variant.clone(), provider };
-                return Ok(OpenedComponent { graph, kv, report });
-            }
-            Err(Error::Provider { name, reason }) => refused.push(Refusal { provider: name, reason }),
-            Err(error) => return Err(error),
-        }
-    }
-    let reasons: Vec<String> =
-        refused.iter().map(|refusal| format!("{}: {}", refusal.provider, refusal.reason)).collect();
-    Err(Error::Provider {
-        name: refused.first().map_or_else(|| "none".to_owned(), |refusal| refusal.provider.clone()),
-        reason: format!("nothing serves the {} ({})", component.name(), reasons.join("; ")),
-    })
-}
-
-/// A graph that does not open is a fault of the package, and the file is what must be mended.
-fn of_package(package: &ModelPackage, spec: &GraphSpec, error: Error) -> Error {
-    match error {
-        Error::Graph { graph, reason, source } => {
-            let path = package.display_path(&spec.path);
-            Error::Package { path, reason: format!("as the {graph}: {reason}"), source }
-        }
-        error => error,
-    }
-}
-
-fn graph_source(package: &ModelPackage, spec: &GraphSpec) -> Result<GraphSource> {
-    match package.file(&spec.path)? {
-        FileSource::Path(path) => Ok(GraphSource::File(path)),
-        FileSource::Memory(graph) => {
-            let data = spec.data.iter().map(|name| {
-                let file = name.rsplit('/').next().unwrap_or(name).to_owned();
-                match package.file(name)? {
-                    FileSource::Memory(bytes) => Ok((file, bytes)),
-                    FileSource::Path(path) => {
-                        Err(Error::package(path, "the file lies on disk and its graph in the program"))
-                    }
-                }
-            });
-            Ok(GraphSource::Memory { graph, data: data.collect::<Result<_>>()? })
-        }
-    }
 }

@@ -1,8 +1,9 @@
 //! Patch features to image embeddings.
 
-use ndarray::{Array3, ArrayView2, Axis};
+use ndarray::{Array3, ArrayView2, ArrayView3, Axis};
 
-use super::vision::PatchFeatures;
+use super::chain::Serving;
+use super::vision::check_finite;
 use crate::error::Result;
 use crate::runtime::{Graph, Tensor};
 
@@ -28,13 +29,22 @@ impl Projector {
         Self { graph }
     }
 
-    /// Projects the features of one image.
+    /// Projects the features of one image, `[1, tokens_per_image, vision.hidden]`.
     ///
     /// # Errors
-    /// [`crate::Error::Graph`] when ONNX Runtime fails, [`crate::Error::Cancelled`] when it was told to stop.
-    pub fn project(&mut self, features: &PatchFeatures) -> Result<ImageEmbeds> {
-        let input = Tensor::from_array(&features.view())?;
+    /// [`crate::Error::Graph`] when ONNX Runtime fails, [`crate::Error::Cancelled`] when it was told to stop,
+    /// [`crate::Error::Unsound`] when the embeddings are not finite.
+    pub fn project(&mut self, features: &ArrayView3<'_, f32>) -> Result<ImageEmbeds> {
+        let input = Tensor::from_array(self.graph.input_dtype("patch_features"), features)?;
         let mut outputs = self.graph.run(&[("patch_features", &input)])?;
-        outputs.take("image_embeds")?.to_array().map(ImageEmbeds)
+        let embeds = outputs.take("image_embeds")?.to_array()?;
+        check_finite(&self.graph, "embeddings", &embeds)?;
+        Ok(ImageEmbeds(embeds))
+    }
+}
+
+impl Serving for Projector {
+    fn graph(&mut self) -> &mut Graph {
+        &mut self.graph
     }
 }

@@ -1,9 +1,11 @@
 //! The `shared` form: one full-length buffer a layer, which the graph writes in place.
 
-use super::kv_cache::{CacheNames, KvStore};
+use ndarray::ArrayView2;
+
+use super::kv_cache::{CacheNames, KvStore, PRESENT, batch_of_one, last_index};
 use crate::error::{Error, Result};
 use crate::package::manifest::{DType, DecoderSpec};
-use crate::runtime::{Graph, Tensor};
+use crate::runtime::{CacheMemory, Graph, Outputs, Tensor};
 
 /// Buffers grow in steps of this many positions: a full context is not paid for by a short answer, and an answer does
 /// not copy its cache at every token.
@@ -19,18 +21,20 @@ pub(super) struct SharedKv {
     head_dim: usize,
     context: usize,
     dtype: DType,
+    memory: CacheMemory,
 }
 
 impl SharedKv {
-    pub(super) fn new(spec: &DecoderSpec, dtype: DType) -> Self {
+    pub(super) fn new(spec: &DecoderSpec, dtype: DType, memory: CacheMemory) -> Self {
         Self {
-            names: CacheNames::new(spec.layers),
+            names: CacheNames::new(spec.layers, PRESENT),
             buffers: Vec::new(),
             capacity: 0,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
             context: spec.context,
             dtype,
+            memory,
         }
     }
 }
@@ -40,15 +44,18 @@ impl KvStore for SharedKv {
         if positions <= self.capacity {
             return Ok(());
         }
-        let capacity = positions.next_multiple_of(GROWTH).min(self.context.max(positions));
+        // Rows can be copied to a larger buffer on the host only.
+        let most = self.context.max(positions);
+        let capacity =
+            if self.memory.is_host() { positions.next_multiple_of(GROWTH).min(most) } else { most };
         let shape = [1, self.kv_heads, capacity, self.head_dim];
         let mut grown = Vec::with_capacity(self.names.past.len());
         // One buffer at a time, so that old and new never stand in memory together in full.
         let mut old = std::mem::take(&mut self.buffers).into_iter();
         for _ in 0..self.names.past.len() {
-            let mut buffer = Tensor::zeros(self.dtype, &shape)?;
+            let mut buffer = self.memory.zeros(self.dtype, &shape)?;
             if let Some(old) = old.next().filter(|_| used > 0) {
-                buffer.copy_rows(&old, used)?;
+                buffer.copy_rows(&old, used, 0)?;
             }
             grown.push(buffer);
         }
@@ -57,25 +64,22 @@ impl KvStore for SharedKv {
         Ok(())
     }
 
-    fn step(&mut self, graph: &mut Graph, embeds: &Tensor, past: usize, new: usize) -> Result<Tensor> {
+    fn step(&mut self, graph: &mut Graph, embeds: &ArrayView2<'_, f32>, past: usize) -> Result<Outputs> {
+        let new = embeds.nrows();
         let total = i32::try_from(past + new)
             .map_err(|_| Error::TooLong { needed: past + new, capacity: self.context })?;
-        let last = i64::try_from(new).map_or(0, |new| new - 1);
-        let seqlens = Tensor::from_i32(&[1], vec![total - 1])?;
-        let total = Tensor::from_i32(&[], vec![total])?;
-        let index = Tensor::from_i64(&[1], vec![last])?;
+        let seqlens = Tensor::from_i32(&[1], [total - 1])?;
+        let total = Tensor::from_i32(&[], [total])?;
+        let index = last_index(new)?;
+        let embeds = batch_of_one(graph, embeds)?;
         let inputs = [
-            ("inputs_embeds", embeds),
+            ("inputs_embeds", &embeds),
             ("seqlens_k", &seqlens),
             ("total_sequence_length", &total),
             ("logits_index", &index),
         ];
-        let names = self.names.past.iter().zip(&self.names.present);
-        let mut in_place: Vec<(&str, &str, &mut Tensor)> = names
-            .zip(&mut self.buffers)
-            .map(|((past, present), buffer)| (past.as_str(), present.as_str(), buffer))
-            .collect();
-        graph.run_in_place(&inputs, &mut in_place)?.take("logits")
+        let mut in_place = self.names.in_place(&mut self.buffers);
+        graph.run_in_place(&inputs, &mut in_place)
     }
 
     fn truncate(&mut self, _used: usize) -> Result<()> {

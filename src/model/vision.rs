@@ -1,9 +1,10 @@
 //! Pixels to patch features.
 
-use ndarray::{Array3, ArrayView3};
+use ndarray::{Array3, ArrayView3, ArrayView4};
 use sha2::{Digest, Sha256};
 
-use crate::error::Result;
+use super::chain::Serving;
+use crate::error::{Error, Result};
 use crate::image::PixelValues;
 use crate::runtime::{Graph, Tensor};
 
@@ -59,13 +60,33 @@ impl VisionEncoder {
         Self { graph }
     }
 
-    /// Encodes one image.
+    /// Encodes one image, `[1, 3, size, size]`.
     ///
     /// # Errors
-    /// [`crate::Error::Graph`] when ONNX Runtime fails, [`crate::Error::Cancelled`] when it was told to stop.
-    pub fn encode(&mut self, pixels: &PixelValues) -> Result<PatchFeatures> {
-        let input = Tensor::from_array(&pixels.view())?;
+    /// [`crate::Error::Graph`] when ONNX Runtime fails, [`crate::Error::Cancelled`] when it was told to stop,
+    /// [`crate::Error::Unsound`] when the features are not finite.
+    pub fn encode(&mut self, pixels: &ArrayView4<'_, f32>) -> Result<PatchFeatures> {
+        let input = Tensor::from_array(self.graph.input_dtype("pixel_values"), pixels)?;
         let mut outputs = self.graph.run(&[("pixel_values", &input)])?;
-        outputs.take("patch_features")?.to_array().map(PatchFeatures)
+        let features = outputs.take("patch_features")?.to_array()?;
+        check_finite(&self.graph, "features", &features)?;
+        Ok(PatchFeatures(features))
+    }
+}
+
+impl Serving for VisionEncoder {
+    fn graph(&mut self) -> &mut Graph {
+        &mut self.graph
+    }
+}
+
+/// Refuses what no later stage can make sense of.
+pub(super) fn check_finite(graph: &Graph, what: &str, values: &Array3<f32>) -> Result<()> {
+    match values.indexed_iter().find(|(_, value)| !value.is_finite()) {
+        None => Ok(()),
+        Some(((_, row, column), value)) => Err(Error::Unsound {
+            graph: graph.name().to_owned(),
+            reason: format!("its {what} are not finite numbers ({value} at row {row}, column {column})"),
+        }),
     }
 }
