@@ -8,7 +8,7 @@ pub mod template;
 use std::{ops::ControlFlow, sync::Arc};
 
 use crate::engine::cancel::CancelToken;
-use crate::engine::event::Completion;
+use crate::engine::event::{Completion, Event};
 use crate::engine::{Engine, Request};
 use crate::error::{Error, Result};
 use crate::generate::params::GenerateParams;
@@ -30,7 +30,7 @@ impl Chat {
         Self { engine, system: None, messages: Vec::new(), images: Vec::new() }
     }
 
-    /// Asks, and waits for the answer. `on_text` sees it as it comes; `Break` stops it, and what was said is kept.
+    /// Asks, and waits for the answer. `on_event` sees it as it comes; `Break` stops it, and what was said is kept.
     ///
     /// `parts` name images by their place in `images`, which are new to the conversation.
     ///
@@ -42,7 +42,7 @@ impl Chat {
         images: Vec<Attachment>,
         params: GenerateParams,
         cancel: &CancelToken,
-        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+        on_event: &mut dyn FnMut(&Event) -> ControlFlow<()>,
     ) -> Result<Completion> {
         let held = (self.messages.len(), self.images.len());
         let shifted = parts.into_iter().map(|part| match part {
@@ -51,7 +51,7 @@ impl Chat {
         });
         self.messages.push(Message::user(shifted));
         self.images.extend(images);
-        let result = self.answer(params, cancel, on_text);
+        let result = self.answer(params, cancel, on_event);
         if let Ok(completion) = &result {
             self.messages.push(self.remembered(completion));
         } else {
@@ -65,14 +65,14 @@ impl Chat {
         &self,
         params: GenerateParams,
         cancel: &CancelToken,
-        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+        on_event: &mut dyn FnMut(&Event) -> ControlFlow<()>,
     ) -> Result<Completion> {
         let template = &self.engine.facts().template;
         let pieces = template::render(template, self.system.as_deref(), &self.messages)?;
         let prompt = self.engine.prompt(&pieces)?;
         let images = self.images.iter().map(|image| Arc::clone(image.input())).collect();
         let request = Request { prompt, images, params, cancel: cancel.clone() };
-        self.engine.generate(request)?.complete_with(on_text)
+        self.engine.generate(request)?.complete_with(on_event)
     }
 
     /// An answer as the conversation keeps it: by its tokens, unless a stop string cut the text short of them.

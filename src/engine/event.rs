@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::generate::sequence::FinishReason;
+use crate::model::Demotion;
 use crate::text::TokenId;
 
 /// Takes the events of one request, in order; `Break` stops it.
@@ -16,6 +17,9 @@ pub type Sink = Box<dyn FnMut(Result<Event>) -> ControlFlow<()> + Send>;
 pub enum Event {
     /// More of the answer; whole characters.
     Text(String),
+    /// What computed the answer gave what is no number, and was taken out of service. The text so far is void: the
+    /// prompt is read again by what serves instead, and the answer begins anew.
+    Restarted(Box<Demotion>),
     /// The answer is complete; nothing follows.
     Finished(Box<Completion>),
 }
@@ -33,6 +37,8 @@ pub struct Completion {
     pub usage: Usage,
     /// How long it took.
     pub timings: Timings,
+    /// What was taken out of service on the way.
+    pub demotions: Vec<Demotion>,
 }
 
 /// What a request read and wrote, in positions.
@@ -59,12 +65,14 @@ pub struct Timings {
     pub prefill: Duration,
     /// From the first token to the end of the answer.
     pub decode: Duration,
+    /// What was done for this answer before it began anew.
+    pub lost: Duration,
 }
 
 impl Timings {
     /// From the start of the work to the first token.
     pub fn first_token(&self) -> Duration {
-        self.vision + self.prefill
+        self.lost + self.vision + self.prefill
     }
 
     /// Tokens a second after the first one, when there are any.

@@ -8,7 +8,7 @@ mod worker;
 use std::{
     collections::BTreeSet,
     path::Path,
-    sync::{Arc, mpsc},
+    sync::{Arc, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
@@ -24,7 +24,7 @@ use crate::text::{Piece, Prompt, Span, TokenId, Tokenizer};
 use cancel::CancelToken;
 use event::Sink;
 use stream::GenerationStream;
-use worker::Job;
+use worker::{Job, Worker};
 
 /// How an engine is opened.
 #[derive(Clone, Debug, Default)]
@@ -42,7 +42,7 @@ pub struct EngineOptions {
 pub struct ModelFacts {
     /// The package's name.
     pub name: String,
-    /// Positions that the context holds.
+    /// Positions that the context holds, or the decoder's cache where it holds fewer.
     pub context: usize,
     /// Positions that one image takes.
     pub tokens_per_image: usize,
@@ -90,15 +90,30 @@ pub struct Request {
 
 /// A loaded model that answers requests, one after another, on a thread of its own.
 ///
-/// Clones share the model; the thread ends when the last clone is dropped.
+/// Clones share the model. Dropping the last one waits until the requests that it took are answered and the model is
+/// gone: a session that ends while its process does crashes some providers.
 #[derive(Clone, Debug)]
 pub struct Engine {
-    jobs: mpsc::Sender<Job>,
+    worker: Arc<Worker>,
     facts: Arc<ModelFacts>,
     preprocessor: Arc<Preprocessor>,
     limits: Limits,
-    reports: Arc<[ComponentReport]>,
+    reports: Reports,
     load: Duration,
+}
+
+/// What serves each component, as the worker last said.
+#[derive(Clone, Debug, Default)]
+struct Reports(Arc<RwLock<Arc<[ComponentReport]>>>);
+
+impl Reports {
+    fn get(&self) -> Arc<[ComponentReport]> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn set(&self, reports: Vec<ComponentReport>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = reports.into();
+    }
 }
 
 impl Engine {
@@ -110,11 +125,11 @@ impl Engine {
     pub fn open(package: &ModelPackage, options: &EngineOptions) -> Result<Self> {
         let begin = Instant::now();
         Runtime::start(&options.library, &mut |_| {})?;
-        let facts = ModelFacts::new(package)?;
-        let model = LlavaPhi::open(package, &options.model)?;
-        let reports = model.reports().into();
+        let mut facts = ModelFacts::new(package)?;
+        let mut model = LlavaPhi::open(package, &options.model)?;
+        facts.context = facts.context.min(model.capacity()?);
         let preprocessor = Preprocessor::new(&package.manifest().image);
-        let engine = Self::with_model(model, facts, preprocessor, options.limits, reports)?;
+        let engine = Self::with_model(model, facts, preprocessor, options.limits)?;
         Ok(Self { load: begin.elapsed(), ..engine })
     }
 
@@ -124,12 +139,13 @@ impl Engine {
         facts: ModelFacts,
         preprocessor: Preprocessor,
         limits: Limits,
-        reports: Arc<[ComponentReport]>,
     ) -> Result<Self> {
         let facts = Arc::new(facts);
-        let jobs = worker::start(model, Arc::clone(&facts))?;
+        let reports = Reports::default();
+        reports.set(model.reports());
+        let worker = Arc::new(worker::start(model, Arc::clone(&facts), reports.clone())?);
         let preprocessor = Arc::new(preprocessor);
-        Ok(Self { jobs, facts, preprocessor, limits, reports, load: Duration::ZERO })
+        Ok(Self { worker, facts, preprocessor, limits, reports, load: Duration::ZERO })
     }
 
     /// Decodes, resizes and normalises an image on this thread. `name` is what errors call it; `fit` replaces the
@@ -169,7 +185,7 @@ impl Engine {
     pub fn submit(&self, request: Request, sink: Sink) -> Result<()> {
         let limit = self.limit(&request)?;
         let job = Job { request, limit, sink, submitted: Instant::now() };
-        self.jobs.send(job).map_err(|_| Error::Stopped("its thread has ended".to_owned()))
+        self.worker.send(job)
     }
 
     /// As [`Engine::submit`], with the events as an iterator.
@@ -210,9 +226,9 @@ impl Engine {
         &self.facts
     }
 
-    /// Which variant and provider serve each component.
-    pub fn reports(&self) -> &[ComponentReport] {
-        &self.reports
+    /// Which variant and provider serve each component now.
+    pub fn reports(&self) -> Arc<[ComponentReport]> {
+        self.reports.get()
     }
 
     /// How long [`Engine::open`] took.

@@ -33,17 +33,23 @@ impl GenerationStream {
         self.complete_with(|_| ControlFlow::Continue(()))
     }
 
-    /// Waits for the end; `on_text` sees the pieces of text as they come. `Break` stops the request, and what was
-    /// answered so far is its completion.
+    /// Waits for the end; `on_event` sees the pieces of text, and whether the answer begins anew, as they come. `Break`
+    /// stops the request, and what was answered so far is its completion.
     ///
     /// # Errors
     /// As [`GenerationStream::complete`].
-    pub fn complete_with(mut self, mut on_text: impl FnMut(&str) -> ControlFlow<()>) -> Result<Completion> {
+    pub fn complete_with(
+        mut self,
+        mut on_event: impl FnMut(&Event) -> ControlFlow<()>,
+    ) -> Result<Completion> {
         while let Some(event) = self.next() {
             match event? {
-                Event::Text(text) if on_text(&text).is_break() => self.cancel.cancel(),
-                Event::Text(_) => {}
                 Event::Finished(completion) => return Ok(*completion),
+                event => {
+                    if on_event(&event).is_break() {
+                        self.cancel.cancel();
+                    }
+                }
             }
         }
         Err(Error::Stopped("the request has no answer".to_owned()))
@@ -55,7 +61,7 @@ impl Iterator for GenerationStream {
 
     fn next(&mut self) -> Option<Self::Item> {
         let event = self.events.recv().ok();
-        self.ended = !matches!(event, Some(Ok(Event::Text(_))));
+        self.ended = !matches!(event, Some(Ok(Event::Text(_) | Event::Restarted(_))));
         event
     }
 }

@@ -9,7 +9,9 @@ use crate::error::{Error, Result};
 use crate::model::cancel::Canceler;
 use crate::model::decoder::Logits;
 use crate::model::vision::ImageInput;
-use crate::model::{CausalModel, Prefill};
+use crate::model::{CausalModel, ComponentReport, Demotion, Prefill};
+use crate::package::Component;
+use crate::runtime::{Refusal, Step, Target};
 use crate::text::{Prompt, TokenId};
 
 /// One call of a model, in the order of the log. Caches are numbered as they are made, from 0.
@@ -17,6 +19,8 @@ use crate::text::{Prompt, TokenId};
 pub(super) enum Call {
     Prefill { tokens: Vec<TokenId>, images: usize, cache: usize },
     Decode { token: TokenId, cache: usize },
+    Recheck,
+    Demote { graph: String, reason: String },
 }
 
 impl Call {
@@ -27,6 +31,7 @@ impl Call {
     pub(super) fn cache(&self) -> usize {
         match self {
             Self::Prefill { cache, .. } | Self::Decode { cache, .. } => *cache,
+            Self::Recheck | Self::Demote { .. } => panic!("{self:?} has no cache"),
         }
     }
 }
@@ -40,6 +45,9 @@ impl Log {
         self.0.lock().unwrap().clone()
     }
 }
+
+/// What a script answers to [`Call::Recheck`] when the model no longer computes what it should.
+pub(super) const BROKEN: TokenId = TokenId::MAX;
 
 /// Gives the token that each call answers with; the model is certain of it.
 type Script = Box<dyn FnMut(&Call, &Canceler) -> Result<TokenId> + Send>;
@@ -114,6 +122,29 @@ impl CausalModel for ScriptedModel {
 
     fn canceler(&self) -> Canceler {
         self.canceler.clone()
+    }
+
+    fn reports(&self) -> Vec<ComponentReport> {
+        Vec::new()
+    }
+
+    fn recheck(&mut self) -> Result<bool> {
+        self.log.0.lock().unwrap().push(Call::Recheck);
+        (self.script)(&Call::Recheck, &self.canceler).map(|answer| answer != BROKEN)
+    }
+
+    fn demote(&mut self, graph: &str, reason: &str) -> Result<Demotion> {
+        let call = Call::Demote { graph: graph.to_owned(), reason: reason.to_owned() };
+        self.log.0.lock().unwrap().push(call.clone());
+        (self.script)(&call, &self.canceler)?;
+        let refusal = Refusal {
+            provider: Target::default(),
+            variant: "first".to_owned(),
+            step: Step::Serving,
+            reason: reason.to_owned(),
+        };
+        let variant = "second".to_owned();
+        Ok(Demotion { component: Component::Decoder, refusal, variant, provider: Target::default() })
     }
 }
 

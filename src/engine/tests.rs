@@ -9,7 +9,7 @@ use std::{
 
 use super::cancel::CancelToken;
 use super::event::{Completion, Event};
-use super::testing::{Call, Log, ScriptedModel, until_cancelled};
+use super::testing::{BROKEN, Call, Log, ScriptedModel, until_cancelled};
 use super::{Engine, ModelFacts, Request};
 use crate::error::{Error, Result};
 use crate::generate::params::{GenerateParams, Sampling};
@@ -33,7 +33,7 @@ fn engine(script: impl FnMut(&Call, &Canceler) -> Result<TokenId> + Send + 'stat
     let facts = facts();
     let (model, log) = ScriptedModel::new(facts.tokenizer.vocabulary(), script);
     let preprocessor = Preprocessor::new(&ModelPackage::embedded().unwrap().manifest().image);
-    let engine = Engine::with_model(model, facts, preprocessor, Limits::default(), Arc::new([])).unwrap();
+    let engine = Engine::with_model(model, facts, preprocessor, Limits::default()).unwrap();
     (engine, log)
 }
 
@@ -155,6 +155,7 @@ fn an_answer_ends_where_the_model_the_stop_string_or_the_limit_says() {
                     joined.push_str(&text);
                 }
                 Event::Finished(completion) => finished = Some(completion),
+                Event::Restarted(demotion) => panic!("{demotion:?}"),
             }
         }
         let completion = finished.unwrap();
@@ -215,7 +216,7 @@ fn dropping_the_stream_stops_the_request() {
         match call {
             _ if requests > 1 => Ok(eos),
             Call::Prefill { .. } => Ok(a),
-            Call::Decode { .. } => until_cancelled(canceler),
+            _ => until_cancelled(canceler),
         }
     });
     let mut stream = engine.generate(request(tokens(3))).unwrap();
@@ -320,6 +321,77 @@ fn a_failure_reaches_its_request_and_the_next_one_starts_afresh() {
 }
 
 #[test]
+fn an_answer_begins_anew_on_what_serves_instead_of_a_graph_that_gave_no_numbers() {
+    let (a, eos) = (letter("a"), facts().eos[0]);
+    let mut broken = true;
+    let mut said = 0;
+    let (engine, log) = engine(move |call, _| match call {
+        Call::Prefill { .. } => {
+            said = 1;
+            Ok(a)
+        }
+        Call::Decode { .. } if broken && said == 2 => {
+            Err(Error::Unsound { graph: "decoder".to_owned(), reason: "its logits are NaN".to_owned() })
+        }
+        Call::Decode { .. } => {
+            said += 1;
+            Ok(if said > 3 { eos } else { a })
+        }
+        Call::Demote { .. } => {
+            broken = false;
+            Ok(0)
+        }
+        Call::Recheck => panic!("nothing loops"),
+    });
+    let events: Vec<Event> = engine.generate(request(tokens(3))).unwrap().map(Result::unwrap).collect();
+    let restarts: Vec<usize> =
+        (0..events.len()).filter(|&n| matches!(events[n], Event::Restarted(_))).collect();
+    assert_eq!(restarts, [2], "after the two tokens that were said before: {events:?}");
+    let Some(Event::Finished(completion)) = events.last() else { panic!("{events:?}") };
+    assert_eq!(completion.token_ids, [a; 3], "what was said before does not count");
+    assert_eq!(completion.text, "aaa");
+    let [demotion] = &completion.demotions[..] else { panic!("{:?}", completion.demotions) };
+    assert_eq!(demotion.refusal.reason, "its logits are NaN");
+    assert_eq!((demotion.variant.as_str(), completion.usage.cached_tokens), ("second", 0));
+    let caches: Vec<usize> = log.calls().iter().filter(|call| call.is_prefill()).map(Call::cache).collect();
+    assert_eq!(caches, [0, 1], "what the broken graph read is not used again");
+    assert!(ask(&engine).unwrap().demotions.is_empty());
+}
+
+#[test]
+fn an_answer_that_nothing_else_can_give_fails() {
+    let (engine, _log) = engine(|call, _| match call {
+        Call::Demote { .. } => Err(Error::graph("decoder", "no other")),
+        _ => Err(Error::Unsound { graph: "decoder".to_owned(), reason: "NaN".to_owned() }),
+    });
+    let error = engine.generate(request(tokens(3))).unwrap().complete().unwrap_err();
+    assert_eq!(error.to_string(), "graph decoder: no other");
+}
+
+#[test]
+fn a_loop_that_is_the_models_own_stays_and_that_of_a_broken_graph_does_not() {
+    for sound in [true, false] {
+        let a = letter("a");
+        let mut demoted = false;
+        let (engine, log) = engine(move |call, _| match call {
+            Call::Recheck if !sound && !demoted => Ok(BROKEN),
+            Call::Demote { .. } => {
+                demoted = true;
+                Ok(0)
+            }
+            _ => Ok(a),
+        });
+        let params = GenerateParams { max_new_tokens: Some(80), ..GenerateParams::default() };
+        let request = Request { params, ..request(tokens(3)) };
+        let completion = engine.generate(request).unwrap().complete().unwrap();
+        assert_eq!(completion.token_ids, [a; 80]);
+        assert_eq!(completion.demotions.len(), usize::from(!sound));
+        let checks = log.calls().iter().filter(|call| **call == Call::Recheck).count();
+        assert_eq!(checks, if sound { 1 } else { 2 }, "one for each time that it was answered");
+    }
+}
+
+#[test]
 fn requests_are_answered_in_the_order_in_which_they_came() {
     let (engine, log) = engine(saying("red"));
     let (sender, answered) = mpsc::channel();
@@ -337,7 +409,7 @@ fn requests_are_answered_in_the_order_in_which_they_came() {
     assert_eq!(answered.iter().collect::<Vec<_>>(), (0..10).collect::<Vec<_>>());
     let prompts = log.calls().into_iter().filter_map(|call| match call {
         Call::Prefill { tokens, .. } => Some(tokens.len()),
-        Call::Decode { .. } => None,
+        _ => None,
     });
     assert!(prompts.eq(10..20));
 }

@@ -3,14 +3,17 @@
 use std::{
     ops::ControlFlow,
     sync::{Arc, mpsc},
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use super::event::{Completion, Event, Sink, Timings, Usage};
-use super::{ModelFacts, Request};
+use super::{ModelFacts, Reports, Request};
 use crate::error::{Error, Result};
 use crate::generate::sequence::{Advance, FinishReason, Next, Sequence};
+use crate::generate::watchdog::Watchdog;
 use crate::model::CausalModel;
+use crate::package::Component;
 
 /// A request that passed its checks, and where its events go.
 pub(super) struct Job {
@@ -21,7 +24,12 @@ pub(super) struct Job {
 }
 
 /// Answers jobs until every sender is gone.
-pub(super) fn work<M: CausalModel>(mut model: M, facts: &ModelFacts, jobs: &mpsc::Receiver<Job>) {
+pub(super) fn work<M: CausalModel>(
+    mut model: M,
+    facts: &ModelFacts,
+    reports: &Reports,
+    jobs: &mpsc::Receiver<Job>,
+) {
     // What the last request read, so that a follow-up reads only what is new.
     let mut idle: Option<M::Cache> = None;
     for mut job in jobs {
@@ -33,7 +41,7 @@ pub(super) fn work<M: CausalModel>(mut model: M, facts: &ModelFacts, jobs: &mpsc
             move || canceler.cancel(),
             || {
                 let cache = idle.take().map_or_else(|| model.empty_cache(), Ok)?;
-                let (result, cache) = answer(&mut model, facts, &mut job, cache, queue);
+                let (result, cache) = answer(&mut model, facts, reports, &mut job, cache, queue);
                 idle = cache;
                 result
             },
@@ -44,13 +52,49 @@ pub(super) fn work<M: CausalModel>(mut model: M, facts: &ModelFacts, jobs: &mpsc
     }
 }
 
-/// Answers one job. The cache comes back unless its content is in doubt.
+/// Answers one job, from the beginning again whenever what computes it has to be replaced. The cache comes back unless
+/// its content is in doubt.
 fn answer<M: CausalModel>(
+    model: &mut M,
+    facts: &ModelFacts,
+    reports: &Reports,
+    job: &mut Job,
+    mut cache: M::Cache,
+    queue: Duration,
+) -> (Result<Completion>, Option<M::Cache>) {
+    let begin = Instant::now();
+    let mut demotions = Vec::new();
+    let mut timings = Timings { queue, ..Timings::default() };
+    loop {
+        let (graph, reason) = match attempt(model, facts, job, cache, timings) {
+            (Err(Error::Unsound { graph, reason }), _) => (graph, reason),
+            (result, cache) => {
+                return (result.map(|completion| Completion { demotions, ..completion }), cache);
+            }
+        };
+        tracing::warn!(graph, "taken out of service: {reason}");
+        let replaced =
+            model.demote(&graph, &reason).and_then(|demotion| Ok((demotion, model.empty_cache()?)));
+        reports.set(model.reports());
+        match replaced {
+            Ok((demotion, fresh)) => {
+                demotions.push(demotion.clone());
+                let _ = (job.sink)(Ok(Event::Restarted(Box::new(demotion))));
+                cache = fresh;
+            }
+            Err(error) => return (Err(error), None),
+        }
+        timings.lost = begin.elapsed();
+    }
+}
+
+/// Reads the prompt and answers it.
+fn attempt<M: CausalModel>(
     model: &mut M,
     facts: &ModelFacts,
     job: &mut Job,
     mut cache: M::Cache,
-    queue: Duration,
+    mut timings: Timings,
 ) -> (Result<Completion>, Option<M::Cache>) {
     let Request { prompt, images, params, .. } = &job.request;
     let mut usage = Usage {
@@ -58,7 +102,6 @@ fn answer<M: CausalModel>(
         image_tokens: prompt.images() * facts.tokens_per_image,
         ..Usage::default()
     };
-    let mut timings = Timings { queue, ..Timings::default() };
     let ids = prompt.token_ids().collect();
     let mut sequence = match Sequence::new(&facts.tokenizer, params, ids, facts.eos.clone(), job.limit) {
         Ok(sequence) => sequence,
@@ -78,6 +121,7 @@ fn answer<M: CausalModel>(
         Err(error) => return (Err(error), None),
     };
     let begin = Instant::now();
+    let mut watchdog = Watchdog::default();
     let reason = loop {
         let Advance { text, next } = match sequence.advance(logits.values_mut()) {
             Ok(advance) => advance,
@@ -89,6 +133,14 @@ fn answer<M: CausalModel>(
             Next::Read(_) if broken || job.request.cancel.is_cancelled() => break FinishReason::Cancelled,
             Next::Read(token) => token,
         };
+        if watchdog.barks(sequence.tokens()) {
+            match model.recheck() {
+                Ok(true) => {}
+                Ok(false) => return (Err(looped()), None),
+                Err(Error::Cancelled) => break FinishReason::Cancelled,
+                Err(error) => return (Err(error), None),
+            }
+        }
         logits = match model.decode(token, &mut cache) {
             Ok(logits) => logits,
             Err(Error::Cancelled) => break FinishReason::Cancelled,
@@ -107,18 +159,58 @@ fn answer<M: CausalModel>(
     (Ok(complete(&sequence, reason, usage, timings)), Some(cache))
 }
 
+fn looped() -> Error {
+    let reason =
+        "the answer goes round in circles, and it no longer computes what its goldens say".to_owned();
+    Error::Unsound { graph: Component::Decoder.name().to_owned(), reason }
+}
+
 fn complete(sequence: &Sequence, finish_reason: FinishReason, usage: Usage, timings: Timings) -> Completion {
     let token_ids = sequence.tokens().to_vec();
     let usage = Usage { completion_tokens: token_ids.len(), ..usage };
-    Completion { text: sequence.text().to_owned(), token_ids, finish_reason, usage, timings }
+    let text = sequence.text().to_owned();
+    Completion { text, token_ids, finish_reason, usage, timings, demotions: Vec::new() }
 }
 
-/// Starts the thread. It ends when the last sender of jobs is dropped.
-pub(super) fn start<M: CausalModel + 'static>(model: M, facts: Arc<ModelFacts>) -> Result<mpsc::Sender<Job>> {
+/// The thread that owns the model.
+#[derive(Debug)]
+pub(super) struct Worker {
+    /// Both are `None` once it is dropped.
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Queues a job.
+    pub(super) fn send(&self, job: Job) -> Result<()> {
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        if sent { Ok(()) } else { Err(Error::Stopped("its thread has ended".to_owned())) }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.jobs = None;
+        // A sink may hold the last engine, and it is dropped on the thread itself.
+        if let Some(thread) =
+            self.thread.take().filter(|thread| thread.thread().id() != thread::current().id())
+        {
+            // A thread that panicked has told its requests already.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Starts the thread.
+pub(super) fn start<M: CausalModel + 'static>(
+    model: M,
+    facts: Arc<ModelFacts>,
+    reports: Reports,
+) -> Result<Worker> {
     let (sender, jobs) = mpsc::channel();
-    std::thread::Builder::new()
+    let thread = thread::Builder::new()
         .name("llava-phi engine".to_owned())
-        .spawn(move || work(model, &facts, &jobs))
+        .spawn(move || work(model, &facts, &reports, &jobs))
         .map_err(|e| Error::Stopped(format!("its thread cannot be started: {e}")))?;
-    Ok(sender)
+    Ok(Worker { jobs: Some(sender), thread: Some(thread) })
 }

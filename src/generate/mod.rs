@@ -3,3 +3,4 @@
 pub mod params;
 pub mod sampler;
 pub mod sequence;
+pub mod watchdog;
