@@ -3,7 +3,6 @@
 use std::{
     ffi::OsString,
     io::{self, Write as _},
-    ops::ControlFlow,
     path::Path,
     process::ExitCode,
     time::Instant,
@@ -14,6 +13,7 @@ use anyhow::Context as _;
 use super::context::{self, Context, GenerationArguments, ModelArguments};
 use super::figures::{self, Answer, Outside};
 use super::interrupt;
+use super::live::Live;
 use crate::engine::event::Completion;
 use crate::engine::{Engine, Request};
 use crate::error::{Error, Result};
@@ -50,13 +50,14 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
     let cancel = request.cancel.clone();
     let completion = interrupt::cancels(&cancel, || answer(&engine, request, !arguments.json))?;
 
+    let reports = engine.reports();
     if arguments.json {
-        let answer = Answer::new(&completion, outside, engine.reports(), &engine.facts().name);
+        let answer = Answer::new(&completion, outside, &reports, &engine.facts().name);
         let json = serde_json::to_string(&answer).context("the answer has no JSON form")?;
         writeln!(io::stdout(), "{json}")?;
     } else {
         writeln!(io::stdout())?;
-        figures::print(&mut io::stderr(), &completion, outside, engine.reports())?;
+        figures::print(&mut io::stderr(), &completion, outside, &reports)?;
     }
     Ok(match completion.finish_reason {
         FinishReason::Cancelled => ExitCode::from(super::INTERRUPTED),
@@ -82,14 +83,12 @@ fn question_of(words: &[OsString]) -> Result<(&str, &[OsString])> {
 
 /// Runs `request`, writing text to standard output as it comes when `stream` is set.
 fn answer(engine: &Engine, request: Request, stream: bool) -> anyhow::Result<Completion> {
-    let mut stdout = io::stdout();
-    let mut written = Ok(());
-    let completion = engine.generate(request)?.complete_with(|text| {
-        if stream {
-            written = write!(stdout, "{text}").and_then(|()| stdout.flush());
-        }
-        if written.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-    })?;
-    written?;
+    let answer = engine.generate(request)?;
+    if !stream {
+        return Ok(answer.complete()?);
+    }
+    let mut live = Live::new();
+    let completion = answer.complete_with(|event| live.show(event))?;
+    live.finish()?;
     Ok(completion)
 }

@@ -129,7 +129,8 @@ fn ask(
     if completion.finish_reason == FinishReason::Cancelled {
         return Ok(None);
     }
-    let answer = Answer::new(&completion, outside, engine.reports(), &engine.facts().name);
+    let reports = engine.reports();
+    let answer = Answer::new(&completion, outside, &reports, &engine.facts().name);
     Ok(Some(serde_json::to_value(answer)?))
 }
 

@@ -15,12 +15,13 @@ use rustyline::error::ReadlineError;
 use super::context::{Context, GenerationArguments, ModelArguments};
 use super::figures::{self, Outside};
 use super::interrupt;
+use super::live::Live;
 use crate::chat::Chat;
 use crate::chat::attachment::Attachment;
 use crate::chat::conversation::Part;
 use crate::chat::saved;
 use crate::engine::cancel::CancelToken;
-use crate::engine::event::Completion;
+use crate::engine::event::{Completion, Event};
 use crate::error::{Error, Result};
 use crate::generate::params::GenerateParams;
 use crate::generate::sequence::FinishReason;
@@ -163,18 +164,15 @@ impl Terminal<'_> {
         let images = self.pending.clone();
         let outside = Outside { load: Duration::ZERO, preprocess: begin.elapsed() };
         let cancel = CancelToken::new();
-        let mut stdout = io::stdout();
-        let mut print = |text: &str| match write!(stdout, "{text}").and_then(|()| stdout.flush()) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(_) => ControlFlow::Break(()),
-        };
+        let mut live = Live::new();
+        let mut print = |event: &Event| live.show(event);
         let params = self.params.clone();
         let result =
             interrupt::cancels(&cancel, || self.chat.ask(parts, images, params, &cancel, &mut print));
         let completion = result.map_err(with_way_out)?;
         // Images stay for another try until a question with them was answered.
         self.pending.clear();
-        writeln!(stdout)?;
+        writeln!(io::stdout())?;
         if completion.finish_reason == FinishReason::Cancelled {
             writeln!(io::stderr(), "stopped")?;
         }
@@ -196,7 +194,7 @@ impl Terminal<'_> {
                     usage.cached_tokens,
                     usage.prompt_tokens
                 )?;
-                figures::print(&mut stdout, completion, *outside, self.chat.engine().reports())?;
+                figures::print(&mut stdout, completion, *outside, &self.chat.engine().reports())?;
             }
             None => writeln!(
                 stdout,

@@ -3,7 +3,7 @@
 use std::{
     env,
     ffi::OsString,
-    io,
+    io::{self, Write as _},
     num::NonZeroUsize,
     path::{Path, PathBuf},
     sync::Arc,
@@ -12,14 +12,21 @@ use std::{
 
 use clap::ValueEnum;
 
+use super::session::{SessionArguments, parse_size};
+
 use crate::chat::conversation::{Message, Part};
 use crate::chat::template;
+use crate::compiled::CompiledCache;
 use crate::engine::cancel::CancelToken;
 use crate::engine::{Engine, EngineOptions, Request};
 use crate::error::{Error, Result};
 use crate::generate::params::{GenerateParams, Sampling};
 use crate::image::{Limits, read_file, read_stream};
+use crate::machine::{Machine, Roots};
 use crate::model::ModelOptions;
+use crate::model::compiled::NoticeSink;
+use crate::model::decision::{self, Decision, DecisionKey, Found};
+use crate::model::selection::{ProviderSelection, VariantSelection};
 use crate::model::vision::ImageInput;
 use crate::package::ModelPackage;
 use crate::package::manifest::Fit;
@@ -32,22 +39,57 @@ pub(super) struct Context {
     #[arg(long, global = true, env = "LLAVA_PHI_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
     offline: bool,
 
+    /// A TOML file of options that need not be given each time, as `provider = "cuda"`; their names are those of options
+    #[arg(long, global = true, value_name = "FILE", env = super::config::VARIABLE)]
+    config: Option<PathBuf>,
+
     /// The ONNX Runtime library to use, instead of searching for one
     #[arg(long, global = true, value_name = "FILE")]
     runtime_library: Option<PathBuf>,
+
+    /// Where this program keeps what it fetched, measured and compiled, instead of the user's cache directory
+    #[arg(long, global = true, value_name = "DIR", env = "LLAVA_PHI_CACHE")]
+    cache_dir: Option<PathBuf>,
+
+    /// The most that compiled graphs may take there, such as 20GB; what was used longest ago goes first
+    #[arg(long, visible_alias = "limit", global = true, value_name = "SIZE", env = "LLAVA_PHI_CACHE_LIMIT")]
+    #[arg(value_parser = parse_size, default_value = "20GB")]
+    cache_limit: u64,
 }
 
 impl Context {
     /// Where ONNX Runtime is looked for.
     pub(super) fn library(&self) -> LibraryOptions {
+        let defaults = LibraryOptions::default();
         LibraryOptions {
+            cache: self.cache_dir.clone().or(defaults.cache),
             explicit: self.runtime_library.clone(),
             environment: path_variable("ORT_DYLIB_PATH"),
             executable_dir: env::current_exe().ok().and_then(|file| file.parent().map(Path::to_owned)),
             python_environment: path_variable("VIRTUAL_ENV"),
             offline: self.offline,
-            ..LibraryOptions::default()
+            ..defaults
         }
+    }
+
+    /// Where this program keeps things between runs; `None` where the system names no place.
+    pub(super) fn cache_dir(&self) -> Option<PathBuf> {
+        self.library().cache
+    }
+
+    /// Where compiled graphs are kept.
+    pub(super) fn compiled_dir(&self) -> Option<PathBuf> {
+        self.cache_dir().map(|dir| dir.join("compiled"))
+    }
+
+    /// What keeps compiled graphs, where there is a place for it.
+    pub(super) fn compiled_cache(&self) -> Option<Arc<CompiledCache>> {
+        self.compiled_dir().map(|dir| CompiledCache::at(&dir, self.cache_limit).into())
+    }
+
+    /// The most bytes that compiled graphs may take.
+    pub(super) fn cache_limit(&self) -> u64 {
+        self.cache_limit
     }
 
     /// Starts ONNX Runtime, with a notice when it has to be fetched.
@@ -76,11 +118,26 @@ pub(super) struct ModelArguments {
     #[arg(long, value_name = "DIR", env = "LLAVA_PHI_MODEL")]
     model: Option<PathBuf>,
 
-    /// Run every component from this variant, instead of the manifest's best
-    #[arg(long)]
-    variant: Option<String>,
+    /// Run every component that it has from this variant, or each from its own: vision=cpu-int8,decoder=cpu-int4
+    #[arg(long, value_name = "LIST")]
+    variant: Option<VariantSelection>,
 
-    /// Threads of one graph; ONNX Runtime's own choice otherwise
+    /// Providers in order of preference, for all components or for each: cuda,cpu or vision=coreml,decoder=only:cpu
+    #[arg(long, value_name = "LIST", env = "LLAVA_PHI_PROVIDER")]
+    provider: Option<ProviderSelection>,
+
+    /// Keep the vision encoder in memory only while an image is encoded
+    #[arg(long)]
+    low_memory: bool,
+
+    #[command(flatten)]
+    session: SessionArguments,
+
+    /// Do not use what `llava-phi tune` decided
+    #[arg(long)]
+    no_tuned: bool,
+
+    /// Threads of one graph; what was tuned, or ONNX Runtime's own choice otherwise
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     threads: Option<NonZeroUsize>,
 
@@ -102,12 +159,20 @@ pub(super) struct ModelArguments {
 }
 
 /// Reads a number of threads that the machine can use: far more of them stand in each other's way for ever.
-fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
+pub(super) fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
     let most = thread::available_parallelism().map_or(1, NonZeroUsize::get).saturating_mul(4);
     match text.parse::<NonZeroUsize>() {
         Ok(threads) if threads.get() <= most => Ok(threads),
         _ => Err(format!("give 1 to {most} threads, four for each processor at most")),
     }
+}
+
+/// Tells on standard error what takes long.
+pub(super) fn notices() -> NoticeSink {
+    NoticeSink::new(|notice| {
+        // Standard error may be closed; there is nowhere else to say so.
+        let _ = writeln!(io::stderr(), "{notice}");
+    })
 }
 
 /// How a picture that is not square is made so.
@@ -129,18 +194,56 @@ impl ModelArguments {
     /// Opens the package and the engine over it.
     pub(super) fn open_engine(&self, context: &Context) -> Result<Engine> {
         let package = self.package()?;
-        context.start_runtime()?;
-        let options =
-            EngineOptions { library: context.library(), model: self.model_options(), limits: self.limits() };
+        let runtime = context.start_runtime()?;
+        let model = self.model_options(context, runtime, &package)?;
+        let options = EngineOptions { library: context.library(), model, limits: self.limits() };
         Engine::open(&package, &options)
     }
 
-    pub(super) fn model_options(&self) -> ModelOptions {
-        ModelOptions {
-            variant: self.variant.clone(),
+    /// What `llava-phi tune` decided for `package` here; a notice says when there is something that does not count.
+    fn decision(
+        &self,
+        context: &Context,
+        runtime: &Runtime,
+        package: &ModelPackage,
+    ) -> Option<Arc<Decision>> {
+        let cache = context.cache_dir().filter(|_| !self.no_tuned)?;
+        // To know the machine takes longer than to see that nothing was ever tuned.
+        if !decision::directory(&cache).is_dir() {
+            return None;
+        }
+        let key = DecisionKey::new(&Machine::probe(&Roots::default()), runtime.version(), package);
+        match Decision::find(&cache, &key, package) {
+            Found::Decision(decision) => Some(decision.into()),
+            Found::Absent => None,
+            Found::Ignored(reason) => {
+                // Standard error may be closed; there is nowhere else to say so.
+                let _ = writeln!(
+                    io::stderr(),
+                    "notice: {reason}; llava-phi tune decides anew, --no-tuned says nothing of it"
+                );
+                None
+            }
+        }
+    }
+
+    /// How the model of `package` is loaded, with what was decided for it here.
+    pub(super) fn model_options(
+        &self,
+        context: &Context,
+        runtime: &Runtime,
+        package: &ModelPackage,
+    ) -> Result<ModelOptions> {
+        Ok(ModelOptions {
+            variants: self.variant.clone().unwrap_or_default(),
+            providers: self.provider.clone().unwrap_or_default(),
             threads: self.threads.map(NonZeroUsize::get),
             prefill_chunk: self.prefill_chunk.map(NonZeroUsize::get),
-        }
+            low_memory: self.low_memory,
+            decision: self.decision(context, runtime, package),
+            notices: Some(notices()),
+            ..self.session.options(context)?
+        })
     }
 
     pub(super) fn limits(&self) -> Limits {

@@ -10,9 +10,11 @@ use serde::Serialize;
 
 use crate::engine::event::Completion;
 use crate::generate::sequence::FinishReason;
-use crate::model::ComponentReport;
+use crate::model::compiled::CompiledReport;
+use crate::model::goldens::Agreement;
+use crate::model::{ComponentReport, Demotion};
 use crate::package::Component;
-use crate::runtime::Refusal;
+use crate::runtime::{Placement, Refusal};
 use crate::text::TokenId;
 
 /// One answer as a JSON object.
@@ -25,6 +27,8 @@ pub(super) struct Answer<'a> {
     timings_ms: TimingsMs,
     providers: BTreeMap<&'static str, Served<'a>>,
     model: &'a str,
+    #[serde(skip_serializing_if = "<[Demotion]>::is_empty")]
+    demotions: &'a [Demotion],
 }
 
 /// Positions that were read and written.
@@ -39,9 +43,16 @@ struct Positions {
 /// What ran a component.
 #[derive(Debug, Serialize)]
 struct Served<'a> {
-    provider: &'static str,
+    provider: String,
     variant: &'a str,
+    threads: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tuned: Option<&'a str>,
     refused: &'a [Refusal],
+    placement: Option<&'a Placement>,
+    self_check: &'a [Agreement],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compiled: Option<&'a CompiledReport>,
 }
 
 /// Milliseconds of each step.
@@ -72,7 +83,7 @@ impl<'a> Answer<'a> {
         model: &'a str,
     ) -> Self {
         let Completion { timings, usage, .. } = completion;
-        let total = outside.load + outside.preprocess + timings.vision + timings.prefill + timings.decode;
+        let total = outside.load + outside.preprocess + timings.first_token() + timings.decode;
         Self {
             text: &completion.text,
             token_ids: &completion.token_ids,
@@ -92,15 +103,21 @@ impl<'a> Answer<'a> {
             },
             providers: reports.iter().map(|report| (short_name(report.component), served(report))).collect(),
             model,
+            demotions: &completion.demotions,
         }
     }
 }
 
 fn served(report: &ComponentReport) -> Served<'_> {
     Served {
-        provider: report.provider.chosen.name(),
+        provider: report.provider.to_string(),
         variant: &report.variant,
-        refused: &report.provider.refused,
+        threads: report.threads,
+        tuned: report.tuned.as_deref(),
+        refused: &report.refused,
+        placement: report.placement.as_ref(),
+        self_check: &report.self_check,
+        compiled: report.compiled.as_ref(),
     }
 }
 
@@ -109,6 +126,7 @@ fn short_name(component: Component) -> &'static str {
         Component::VisionEncoder => "vision",
         Component::Projector => "projector",
         Component::Decoder => "decoder",
+        Component::Head => "head",
     }
 }
 
@@ -142,9 +160,16 @@ pub(super) fn print(
     }
     for report in reports {
         let component = short_name(report.component);
-        write!(out, "; {component} {} {}", report.provider.chosen, report.variant)?;
-        for refusal in &report.provider.refused {
-            write!(out, " (not {}: {})", refusal.provider, refusal.reason)?;
+        write!(out, "; {component} {} {}", report.provider, report.variant)?;
+        if let Some(date) = &report.tuned {
+            let threads = report.threads.map_or_else(String::new, |count| format!(", threads {count}"));
+            write!(out, " (tuned on {date}{threads})")?;
+        }
+        if let Some(compiled) = &report.compiled {
+            write!(out, " ({compiled})")?;
+        }
+        for refusal in &report.refused {
+            write!(out, " (not {refusal})")?;
         }
     }
     writeln!(out)

@@ -1,7 +1,6 @@
 //! `llava-phi inspect`: what a package holds and what it will take.
 
 use std::{
-    collections::BTreeMap,
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
@@ -10,6 +9,10 @@ use std::{
 use serde::Serialize;
 
 use super::context::{self, Context};
+use super::doctor;
+use crate::error::size;
+use crate::model::selection::VariantSelection;
+use crate::model::{CausalModel as _, ComponentReport, LlavaPhi, ModelOptions};
 use crate::package::manifest::{FileInfo, Manifest};
 use crate::package::plan::MemoryPlan;
 use crate::package::{Component, ModelPackage};
@@ -29,6 +32,10 @@ pub(super) struct Arguments {
     #[arg(long)]
     variant: Option<String>,
 
+    /// Load it too, and show what serves each component and where the nodes of its graph run
+    #[arg(long)]
+    placement: bool,
+
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -43,14 +50,25 @@ struct Report<'a> {
     verified: bool,
     manifest: &'a Manifest,
     memory: MemoryPlan,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    components: Option<Vec<ComponentReport>>,
 }
 
-pub(super) fn run(arguments: &Arguments, _context: &Context) -> anyhow::Result<ExitCode> {
+pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<ExitCode> {
     let package = context::open_package(arguments.model.as_deref())?;
     if arguments.verify {
         package.verify()?;
     }
     let manifest = package.manifest();
+    let variants = arguments.variant.as_deref().map_or_else(VariantSelection::default, VariantSelection::of);
+    variants.wanted(Component::Decoder, &package)?;
+    let components = if arguments.placement {
+        context.start_runtime()?;
+        let options = ModelOptions { variants, ..ModelOptions::default() };
+        Some(LlavaPhi::open(&package, &options)?.reports())
+    } else {
+        None
+    };
     let report = Report {
         name: &manifest.name,
         location: package
@@ -60,6 +78,7 @@ pub(super) fn run(arguments: &Arguments, _context: &Context) -> anyhow::Result<E
         verified: arguments.verify,
         manifest,
         memory: MemoryPlan::new(&package, arguments.variant.as_deref())?,
+        components,
     };
     let mut out = io::stdout().lock();
     if arguments.json {
@@ -72,7 +91,7 @@ pub(super) fn run(arguments: &Arguments, _context: &Context) -> anyhow::Result<E
 
 fn person(out: &mut impl Write, package: &ModelPackage, report: &Report<'_>) -> io::Result<()> {
     let Manifest { source, image, text, vision, decoder, variants, files, .. } = report.manifest;
-    writeln!(out, "{}  {}  {}", report.name, megabytes(report.bytes), report.location)?;
+    writeln!(out, "{}  {}  {}", report.name, size(report.bytes), report.location)?;
     writeln!(
         out,
         "exported by {} from a {} checkpoint {}",
@@ -102,35 +121,35 @@ fn person(out: &mut impl Write, package: &ModelPackage, report: &Report<'_>) -> 
         writeln!(out, "  {name}: {}", has.join(", "))?;
     }
     writeln!(out, "\nmemory")?;
-    for weights in &report.memory.weights {
-        writeln!(out, "  {:<24} {:>12}  {}", weights.component, megabytes(weights.bytes), weights.variant)?;
+    let memory = &report.memory;
+    for part in &memory.parts {
+        let what = [
+            (part.component, part.weights, part.variant.as_str()),
+            ("  intermediate results", part.activations, ""),
+        ];
+        for (what, bytes, variant) in what {
+            writeln!(out, "  {what:<24} {:>12}  {variant}", size(bytes))?;
+        }
     }
-    let lines: BTreeMap<_, _> = BTreeMap::from([
-        ("cache of a full context", report.memory.kv_full),
-        ("cache of one position", report.memory.kv_per_position),
-        ("embeddings, mapped", report.memory.embedding),
-        ("engine's own buffers", report.memory.scratch),
-    ]);
+    let lines = [
+        ("cache of one position", memory.kv_per_position),
+        ("cache of a full context", memory.kv_peak),
+        ("engine's own buffers", memory.buffers),
+        ("mapped files", memory.file_backed),
+        ("held against the limit", memory.held()),
+    ];
     for (what, bytes) in lines {
-        writeln!(out, "  {what:<24} {:>12}", megabytes(bytes))?;
+        writeln!(out, "  {what:<24} {:>12}", size(bytes))?;
+    }
+    if let Some(reports) = &report.components {
+        writeln!(out, "\nserves")?;
+        for report in reports {
+            doctor::component(out, report)?;
+        }
     }
     writeln!(out, "\nfiles{}", if report.verified { ", every hash checked" } else { "" })?;
     for (name, FileInfo { bytes, sha256 }) in files {
-        writeln!(out, "  {name:<36} {:>12}  {}", megabytes(*bytes), &sha256[..sha256.len().min(16)])?;
+        writeln!(out, "  {name:<36} {:>12}  {}", size(*bytes), &sha256[..sha256.len().min(16)])?;
     }
     Ok(())
-}
-
-/// Bytes for a person: decimal, three digits.
-fn megabytes(bytes: u64) -> String {
-    let (unit, size) = [("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1000)]
-        .into_iter()
-        .find(|(_, size)| bytes >= *size)
-        .unwrap_or(("B", 1));
-    if size == 1 {
-        return format!("{bytes} B");
-    }
-    // Tenths by integer arithmetic: a size is not worth a lossy cast.
-    let tenths = bytes / (size / 10);
-    format!("{}.{} {unit}", tenths / 10, tenths % 10)
 }

@@ -3,12 +3,19 @@
 mod ask;
 mod batch;
 mod chat;
+mod compile;
+mod config;
 mod context;
+mod doctor;
 mod figures;
 mod inspect;
 mod interrupt;
+mod live;
+mod npy;
 mod runtime;
+mod session;
 mod trace;
+mod tune;
 
 use std::{
     io::{self, Write as _},
@@ -55,8 +62,14 @@ enum Command {
     Batch(batch::Arguments),
     /// Show what a package holds and what it will take
     Inspect(inspect::Arguments),
+    /// Show what this machine has, what each provider says, and what would serve
+    Doctor(doctor::Arguments),
     /// Walk one image through every stage: shapes, ranges, times
     Trace(trace::Arguments),
+    /// Compile ahead of time for the providers that do, and show or empty what they compiled
+    Compile(compile::Arguments),
+    /// Measure what could serve here, and use the fastest from now on
+    Tune(tune::Arguments),
     /// Show or install ONNX Runtime
     Runtime(runtime::RuntimeArgs),
     /// Print a completion script for a shell
@@ -69,7 +82,15 @@ enum Command {
 /// Parses the arguments, runs the command and gives the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
-    let parsed = command().try_get_matches().and_then(|matches| Arguments::from_arg_matches(&matches));
+    let words = match config::with_file(&Arguments::command(), std::env::args_os().collect()) {
+        Ok(words) => words,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "error: {error}");
+            return ExitCode::from(exit_code(&error.into()));
+        }
+    };
+    let parsed =
+        command().try_get_matches_from(words).and_then(|matches| Arguments::from_arg_matches(&matches));
     let arguments = match parsed {
         Ok(arguments) => arguments,
         Err(error) => return misuse(&error),
@@ -102,7 +123,10 @@ fn run(Arguments { command, context }: Arguments) -> anyhow::Result<ExitCode> {
         Command::Chat(arguments) => chat::run(&arguments, &context),
         Command::Batch(arguments) => batch::run(&arguments, &context),
         Command::Inspect(arguments) => inspect::run(&arguments, &context),
+        Command::Doctor(arguments) => doctor::run(&arguments, &context),
         Command::Trace(arguments) => trace::run(&arguments, &context),
+        Command::Compile(arguments) => compile::run(&arguments, &context),
+        Command::Tune(arguments) => tune::run(&arguments, &context),
         Command::Runtime(arguments) => {
             runtime::run(&arguments, &context.library())?;
             Ok(ExitCode::SUCCESS)

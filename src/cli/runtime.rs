@@ -9,7 +9,8 @@ use serde::Serialize;
 
 use crate::runtime::fetch::{self, Fetchable};
 use crate::runtime::library::{self, Candidate};
-use crate::runtime::{Library, LibraryOptions, LibraryVariant, Origin, Progress, Runtime};
+use crate::runtime::options::{self, OptionKey};
+use crate::runtime::{Library, LibraryOptions, LibraryVariant, Origin, Progress, Provider, Runtime};
 
 /// Arguments of `llava-phi runtime`.
 #[derive(Clone, Debug, clap::Args)]
@@ -35,6 +36,11 @@ enum RuntimeCommand {
         #[arg(long, value_name = "FILE", conflicts_with = "variant")]
         from: Option<PathBuf>,
     },
+    /// List what --provider-option takes
+    Options {
+        /// The provider; all of them otherwise
+        provider: Option<Provider>,
+    },
 }
 
 /// Runs `llava-phi runtime`: data on stdout, notices and progress on stderr.
@@ -46,7 +52,21 @@ pub(super) fn run(args: &RuntimeArgs, options: &LibraryOptions) -> Result<()> {
     match &args.command {
         RuntimeCommand::Status { json } => status(*json, options),
         RuntimeCommand::Install { variant, from } => install(*variant, from.as_deref(), options),
+        RuntimeCommand::Options { provider } => {
+            let one = provider.map(|provider| [provider]);
+            list_options(one.as_ref().map_or(Provider::ALL, |one| &one[..]))
+        }
     }
+}
+
+fn list_options(providers: &[Provider]) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    for provider in providers {
+        for OptionKey { key, about } in options::keys(*provider) {
+            writeln!(out, "{:<58} {about}", format!("{provider}.{key}"))?;
+        }
+    }
+    Ok(())
 }
 
 fn install(variant: LibraryVariant, from: Option<&std::path::Path>, options: &LibraryOptions) -> Result<()> {

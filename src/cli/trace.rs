@@ -12,10 +12,10 @@ use std::{
 
 use anyhow::Context as _;
 use ndarray::{ArrayD, ArrayView1, ArrayViewD};
-use ndarray_npy::{WritableElement, WriteNpyExt as _};
 
 use super::context::{self, Context, ModelArguments};
 use super::figures::milliseconds;
+use super::npy::{self, Element};
 use crate::chat::conversation::{Message, Part};
 use crate::chat::template;
 use crate::engine::ModelFacts;
@@ -52,9 +52,9 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: &Arguments, given: &Context) -> anyhow::Result<ExitCode> {
     context::check_question(&arguments.question)?;
     let package = arguments.model.package()?;
-    given.start_runtime()?;
+    let runtime = given.start_runtime()?;
     let facts = ModelFacts::new(&package)?;
-    let mut model = LlavaPhi::open(&package, &arguments.model.model_options())?;
+    let mut model = LlavaPhi::open(&package, &arguments.model.model_options(given, runtime, &package)?)?;
     let preprocessor = Preprocessor::new(&package.manifest().image);
     let fit = arguments.model.fit();
 
@@ -74,9 +74,9 @@ pub(super) fn run(arguments: &Arguments, given: &Context) -> anyhow::Result<Exit
     let pixels = walk.time(|| preprocessor.run(&rgb, fit));
     walk.stage("pixel_values", &pixels.view().into_dyn())?;
 
-    let features = walk.time(|| model.vision().encode(&pixels))?;
+    let features = walk.time(|| model.vision()?.encode(&pixels.view()))?;
     walk.stage("patch_features", &features.view().into_dyn())?;
-    let embeds = walk.time(|| model.projector().project(&features))?;
+    let embeds = walk.time(|| model.projector()?.project(&features.view()))?;
     walk.stage("image_embeds", &embeds.rows().into_dyn())?;
 
     let message = Message::user([Part::Image(0), Part::Text(arguments.question.clone())]);
@@ -99,7 +99,7 @@ pub(super) fn run(arguments: &Arguments, given: &Context) -> anyhow::Result<Exit
     let images = [Arc::new(ImageInput::new(pixels))];
     let keys = position_keys(&prompt, &images, facts.tokens_per_image)?;
     let mut cache = model.empty_cache()?;
-    let mut logits = walk.time(|| model.decoder().forward(&inputs.view(), &keys, &mut cache))?;
+    let mut logits = walk.time(|| model.decoder()?.forward(&inputs.view(), &keys, &mut cache))?;
     walk.stage("logits", &ArrayView1::from(logits.values()).into_dyn())?;
 
     let room = facts.context - cache.len().min(facts.context);
@@ -183,7 +183,7 @@ impl<'a> Walk<'a> {
             let path = directory.join(format!("{:02}-{name}.npy", self.number));
             let failed = || format!("{} cannot be written", path.display());
             let mut file = BufWriter::new(File::create(&path).with_context(failed)?);
-            values.write_npy(&mut file).with_context(failed)?;
+            npy::write(values, &mut file).with_context(failed)?;
             file.flush().with_context(failed)?;
         }
         self.number += 1;
@@ -197,7 +197,7 @@ impl<'a> Walk<'a> {
 }
 
 /// A number that a stage is made of.
-trait Number: WritableElement + Copy {
+trait Number: Element {
     const NAME: &'static str;
     fn to_f64(self) -> f64;
 }
