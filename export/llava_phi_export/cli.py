@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .export import VARIANTS
+    from .export import CHOICES
 
     parser = argparse.ArgumentParser(
         prog="llava-phi-export",
@@ -58,14 +58,26 @@ def _parser() -> argparse.ArgumentParser:
     add("checkpoint", metavar="CHECKPOINT", type=Path, help="directory with config.json and the weights")
     add("package", metavar="PACKAGE", type=Path, help="directory to write")
     add(
-        "--variant", action="append", choices=list(VARIANTS), dest="variants",
+        "--variant", action="append", choices=[*CHOICES, "all"], dest="variants",
         help="what to export, may be given several times (default: cpu-int4)",
     )  # fmt: skip
     add("--vision-tower", metavar="DIR", help="the vision tower, when the checkpoint does not hold it")
     add("--projector", metavar="PATH", help="the projector's file or directory, when the checkpoint does not hold it")
     add("--name", help="what the model is called (default: the checkpoint's name)")
     add("--force", action="store_true", help="replace an existing package, once the new one is whole")
-    group = parser.add_argument_group("cpu-int4")
+    add(
+        "--calibration", metavar="DIR", type=Path,
+        help="a directory of pictures that show nnapi-u8 which numbers occur (default: made ones)",
+    )  # fmt: skip
+    group = parser.add_argument_group("caches of a fixed size (tensorrt, coreml, qnn, nnapi)")
+    group.add_argument(
+        "--capacity", type=int, metavar="N", help="positions of the cache, at most the model's context (default: all)"
+    )
+    group.add_argument(
+        "--chunk", type=int, metavar="N",
+        help="positions of one run, at most the capacity (default: 16; tensorrt-fp16 256, tensorrt-delta-fp16 128)",
+    )  # fmt: skip
+    group = parser.add_argument_group("cpu-int4, cuda-int4")
     defaults = QuantizeOptions()
     group.add_argument(
         "--block-size", type=int, choices=BLOCK_SIZES, default=defaults.block_size,
@@ -93,17 +105,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export(arguments: argparse.Namespace) -> int:
     from .checkpoint import Checkpoint
-    from .export import ExportOptions, export
+    from .export import CHOICES, ExportOptions, export
     from .progress import Progress
 
+    variants = arguments.variants or ["cpu-int4"]
     options = ExportOptions(
-        variants=tuple(dict.fromkeys(arguments.variants or ["cpu-int4"])),
+        variants=CHOICES if "all" in variants else tuple(dict.fromkeys(variants)),
         name=arguments.name,
         force=arguments.force,
         quantize=QuantizeOptions(
             arguments.block_size, arguments.accuracy_level, arguments.quantizer, arguments.lm_head_bits
         ),
         inline_limit=arguments.inline_limit,
+        calibration=arguments.calibration,
+        capacity=arguments.capacity,
+        chunk=arguments.chunk,
     )
     checkpoint = Checkpoint.open(
         arguments.checkpoint, vision_tower=arguments.vision_tower, projector=arguments.projector

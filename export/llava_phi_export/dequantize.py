@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +15,62 @@ from .checkpoint import Checkpoint
 from .config import CheckpointError
 
 
-def dequantized(path: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
-    """Canonical name and [out, in] values of every matrix that the graph at `path` holds in few bits, one at a time.
+@dataclass(frozen=True)
+class Packed:
+    """One matrix of the checkpoint as a graph holds it in few bits; `first` is its row of the `together`."""
+
+    folder: Path
+    tensors: tuple[onnx.TensorProto | None, ...]
+    together: int
+    first: int
+    rows: int
+    columns: int
+    bits: int
+    block: int
+
+    def values(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start..stop` of the [out, in] matrix that the graph multiplies by, f32."""
+        start, stop, _ = slice(start, stop).indices(self.rows)
+        first, count = self.first + start, stop - start
+        packed, scales, zeros = (
+            None if tensor is None else _rows(tensor, self.folder, self.together, first, count)
+            for tensor in self.tensors
+        )
+        return _values(packed, scales, zeros, count, self.columns, self.bits, self.block)
+
+
+def packed(path: Path, checkpoint: Checkpoint) -> dict[str, Packed]:
+    """Every matrix that the graph at `path` holds in few bits, by canonical name, in the order of its use.
 
     The packed initializer is named after its layers, `decoder.layers.0.q_proj+k_proj+v_proj.weight_q4`; the
     checkpoint says how many rows each of them has.
     """
     model = onnx.load(str(path), load_external_data=False)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = {}
     for node in model.graph.node:
         if node.op_type != "MatMulNBits":
             continue
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         names = list(node.input) + [""] * 6
-        arrays = [_array(stored[name], path.parent) if name else None for name in names[1:4]]
-        values = _values(*arrays, attributes["N"], attributes["K"], attributes["bits"], attributes["block_size"])
-        start = 0
+        tensors = tuple(stored[name] if name else None for name in names[1:4])
+        first = 0
         for layer in _layers(names[1]):
             rows = checkpoint.shape(f"{layer}.weight")[0]
-            yield f"{layer}.weight", values[start : start + rows]
-            start += rows
-        if start != attributes["N"]:
-            raise CheckpointError(f"{path.name}: {names[1]} has {attributes['N']} rows, its layers have {start}")
+            found[f"{layer}.weight"] = Packed(
+                path.parent, tensors, attributes["N"], first, rows, attributes["K"], attributes["bits"],
+                attributes["block_size"],
+            )  # fmt: skip
+            first += rows
+        if first != attributes["N"]:
+            raise CheckpointError(f"{path.name}: {names[1]} has {attributes['N']} rows, its layers have {first}")
+    return found
+
+
+def dequantized(path: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
+    """Canonical name and [out, in] values of every matrix that the graph at `path` holds in few bits, one at a time."""
+    for name, matrix in packed(path, checkpoint).items():
+        yield name, matrix.values()
 
 
 def has_quantized(path: Path) -> bool:
@@ -52,15 +87,17 @@ def _layers(name: str) -> list[str]:
     return [f"{prefix}.{part}" for part in parts.split("+")]
 
 
-def _array(tensor: onnx.TensorProto, directory: Path) -> np.ndarray:
-    """One initializer, from the graph or from its data file by offset."""
+def _rows(tensor: onnx.TensorProto, folder: Path, rows: int, first: int, count: int) -> np.ndarray:
+    """`count` of the `rows` of an initializer, one after another, from the graph or from its data file by offset."""
+    width = int(np.prod(tensor.dims)) // rows
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor)
+        return numpy_helper.to_array(tensor).reshape(-1)[first * width : (first + count) * width]
     where = {entry.key: entry.value for entry in tensor.external_data}
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    with (directory / where["location"]).open("rb") as file:
-        values = np.fromfile(file, dtype, int(np.prod(tensor.dims)), offset=int(where.get("offset", 0)))
-    return values.reshape(tensor.dims)
+    with (folder / where["location"]).open("rb") as file:
+        return np.fromfile(
+            file, dtype, count * width, offset=int(where.get("offset", 0)) + first * width * dtype.itemsize
+        )
 
 
 def _values(packed, scales, zeros, rows: int, columns: int, bits: int, block: int) -> np.ndarray:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .attention import ConcatAttention, SharedAttention
+from .attention import ConcatAttention
 from .config import DecoderConfig
 from .errors import ExportError
-from .graph import F32, Graph
-from .quantize import QuantizeOptions, quantize
+from .graph import F16, F32, Graph
+from .quantize import QuantizeOptions
 
 
 @dataclass(frozen=True)
@@ -24,43 +24,94 @@ class HeadShape:
     head_dim: int
 
 
-# Numbers of a matrix that are f32 in memory at once while it is quantised.
+@dataclass(frozen=True)
+class Window:
+    """Positions that a cache of fixed size holds, and positions of one run (the most, or exactly so many)."""
+
+    capacity: int
+    chunk: int
+
+
+# Numbers of a matrix that are f32 in memory at once while it is converted.
 _PART = 1 << 24
+# Largest number of f16.
+_F16_MAX = 65504
 
 
 class Standard:
     """Operators of the standard ONNX domain only; weights f32; the cache grows by concatenation.
 
-    `graph` takes the nodes; `checkpoint` gives the tensors, by their canonical names.
+    `graph` takes the nodes; `checkpoint` gives the tensors, by their canonical names. What a subclass changes:
+    `dtype` of weights and activations, `wide_stream` (of f16 decoders, what layers carry and the norms over it stay f32), `batch` (a name where it varies), `kv_form`, `chunk` (positions of one run of a
+    decoder whose cache has a fixed size, unless the user asks for others) and `ends_in_hidden` (the decoder stops
+    after its last norm and a head follows).
     """
 
-    opset = 21
+    # 20 has Gelu, and is the last that DirectML reads.
+    opset = 20
     contrib = False
+    dtype = F32
+    wide_stream = False
+    batch: str | int = "batch"
     kv_form = "concat"
+    chunk: int | None = None
+    ends_in_hidden = False
 
-    def __init__(self, graph: Graph, checkpoint):
+    def __init__(self, graph: Graph, checkpoint, quantize: QuantizeOptions | None = None, window: Window | None = None):
         self.graph = graph
         self.op = graph.op
         self.checkpoint = checkpoint
+        self.options = quantize or QuantizeOptions()
+        self.window = window
 
     def has(self, tensor: str) -> bool:
         """Whether the checkpoint has the tensor."""
         return self.checkpoint.has(tensor)
 
-    def tensor(self, tensor: str) -> ir.Value:
-        """A tensor of the checkpoint as it is, f32."""
-        return self.graph.weight(tensor, self.checkpoint.f32(tensor))
+    def tensor(self, tensor: str, shape: Sequence[int] | None = None) -> ir.Value:
+        """A tensor of the checkpoint as it is, in another shape if one is given."""
+        values = self.checkpoint.f32(tensor)
+        return self.graph.weight(tensor, self.stored(tensor, values if shape is None else values.reshape(shape)))
+
+    def stored(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Numbers f32 in the type that the graph holds them in; what f16 cannot hold is refused."""
+        if self.dtype == F32:
+            return values
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.isfinite(half).all():
+            largest = np.abs(values).max()
+            raise ExportError(
+                f"{name} holds {largest:.3g}, f16 ends at {_F16_MAX}; leave out the f16 variants, or mend the checkpoint"
+            )
+        return half
+
+    def enter(self, x: ir.Value, width: int) -> ir.Value:
+        """Activations [batch, positions, width] as the layers carry them from one to the next."""
+        return self.exact(x) if self.wide_stream else x
+
+    def leave(self, x: ir.Value, positions: int | str, width: int) -> ir.Value:
+        """What layers carry, as [batch, positions, width]."""
+        return x
+
+    def exact(self, x: ir.Value) -> ir.Value:
+        """`x` in f32, for what must not be computed in less."""
+        return x if self.dtype == F32 else self.op.Cast(x, to=F32)
+
+    def rounded(self, x: ir.Value) -> ir.Value:
+        """An f32 `x` in the type of the activations."""
+        return x if self.dtype == F32 else self.op.Cast(x, to=self.dtype)
 
     def layer_norm(self, x: ir.Value, norm: str, eps: float) -> ir.Value:
-        """Normalises the last axis of `x` with the weights of `norm`."""
-        weight, bias = self._norm(norm)
-        return self.op.LayerNormalization(x, weight, bias, axis=-1, epsilon=eps)
+        """Normalises the last axis of `x`, as layers carry it, with the weights of `norm`."""
+        normed = self.op.LayerNormalization(x, *self._norm(norm), axis=-1, epsilon=eps)
+        return self.rounded(normed) if self.wide_stream else normed
 
     def add_norm(self, x: ir.Value, branches: Sequence[ir.Value], norm: str, eps: float) -> tuple[ir.Value, ir.Value]:
-        """Adds `branches` to `x`; returns the sum and the sum normalised."""
+        """Adds `branches` to `x`, as layers carry it; returns the sum and the sum normalised."""
         total = x
         for branch in branches:
-            total = self.op.Add(total, branch)
+            total = self.op.Add(total, self.exact(branch) if self.wide_stream else branch)
         return total, self.layer_norm(total, norm, eps)
 
     def activation(self, x: ir.Value, kind: str) -> ir.Value:
@@ -77,41 +128,72 @@ class Standard:
     def linear(self, x: ir.Value, *layers: str) -> ir.Value:
         """The layers applied to `x` [..., in], their outputs side by side; biases where the checkpoint has them."""
         # ONNX's MatMul takes [in, out], the checkpoint has [out, in].
-        weight = np.concatenate([self.checkpoint.f32(f"{layer}.weight").T for layer in layers], axis=1)
-        y = self.op.MatMul(x, self.graph.weight(_joint(layers, "weight"), weight))
+        shapes = [self.checkpoint.shape(f"{layer}.weight") for layer in layers]
+        weight = np.empty((shapes[0][1], sum(shape[0] for shape in shapes)), self.dtype.numpy())
+        start = 0
+        for layer in layers:
+            for part in self._parts(f"{layer}.weight"):
+                weight[:, start : start + len(part)] = self.stored(f"{layer}.weight", part).T
+                start += len(part)
+        y = self.op.MatMul(x, self.graph.weight(joint(layers, "weight"), weight))
         bias = self._bias(layers)
         return y if bias is None else self.op.Add(y, bias)
 
     def heads(self, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
-        """[batch, positions, heads * head_dim] to [batch, heads, positions, head_dim]."""
+        """What layers carry, heads * head_dim wide, to [batch, heads, positions, head_dim]."""
         return self.op.Transpose(self.op.Reshape(x, [0, 0, heads, head_dim]), perm=[0, 2, 1, 3])
 
-    def attend(self, q: ir.Value, k: ir.Value, v: ir.Value, shape: HeadShape, mask: ir.Value | None = None) -> ir.Value:
-        """Attention over [batch, heads, positions, head_dim]; returns [batch, positions, heads * head_dim].
+    def merge(self, x: ir.Value, width: int) -> ir.Value:
+        """[batch, heads, positions, head_dim] to what layers carry, `width` = heads * head_dim wide."""
+        return self.op.Reshape(self.op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, width])
 
-        Scores and softmax are f32. `mask` [batch, 1, new, total] is added to the scores.
+    def split(self, x: ir.Value, widths: Sequence[int]) -> Sequence[ir.Value]:
+        """The last axis of `x` [batch, heads, positions, head_dim] in parts."""
+        return self.op.Split(x, list(widths), axis=-1, _outputs=len(widths))
+
+    def mask(self, mask: ir.Value, shape: HeadShape) -> ir.Value:
+        """An additive mask [batch, 1, new, total] as `attend` takes it: f32, its rows once for each head of a group."""
+        if self.dtype != F32:
+            # The host's -1e4, which f16 can hold, becomes -1e9: Phi-2 has scores that are larger than 1e4.
+            mask = self.op.Mul(self.exact(mask), 1e5)
+        group = shape.heads // shape.kv_heads
+        return self.op.Concat(*[mask] * group, axis=2) if group > 1 else mask
+
+    def attend(self, q: ir.Value, k: ir.Value, v: ir.Value, shape: HeadShape, mask: ir.Value | None = None) -> ir.Value:
+        """Attention over [batch, heads, positions, head_dim]; returns what layers carry, heads * head_dim wide.
+
+        Scores and softmax are f32 whatever the type: those of Phi-2 are beyond f16. `mask` is what `mask` gives. No
+        tensor has more than four axes, for the runtimes that end there: heads that share a key are rows of one matrix.
         """
         op = self.op
         group = shape.heads // shape.kv_heads
         if group > 1:
-            q = op.Reshape(q, [0, shape.kv_heads, group, -1, shape.head_dim])
-            k, v = op.Unsqueeze(k, [2]), op.Unsqueeze(v, [2])
-            mask = None if mask is None else op.Unsqueeze(mask, [1])
-        last_swapped = [0, 1, 2, 4, 3] if group > 1 else [0, 1, 3, 2]
-        scores = op.MatMul(op.Mul(q, shape.head_dim**-0.5), op.Transpose(k, perm=last_swapped))
+            q = op.Reshape(q, [0, shape.kv_heads, -1, shape.head_dim])
+        q = op.Mul(self.exact(q), [shape.head_dim**-0.5])
+        scores = op.MatMul(q, self.exact(op.Transpose(k, perm=[0, 1, 3, 2])))
         if mask is not None:
             scores = op.Add(scores, mask)
-        mixed = op.MatMul(op.Softmax(scores, axis=-1), v)
+        mixed = op.MatMul(self.rounded(op.Softmax(scores, axis=-1)), v)
         if group > 1:
             mixed = op.Reshape(mixed, [0, shape.heads, -1, shape.head_dim])
-        return op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [0, 0, shape.heads * shape.head_dim])
+        return self.merge(mixed, shape.heads * shape.head_dim)
+
+    def pick(self, x: ir.Value, rows: ir.Value) -> ir.Value:
+        """Of `x` [batch, positions, width], position `rows` [batch] of each row: [batch, width]."""
+        if self.batch == 1:
+            return self.op.Squeeze(self.op.Gather(x, rows, axis=1), [0])
+        return self.op.GatherND(x, self.op.Unsqueeze(rows, [1]), batch_dims=1)
 
     def cached_attention(self, config: DecoderConfig) -> ConcatAttention:
         """The decoder's attention with the cache of this dialect."""
         return ConcatAttention(self, config)
 
-    def _norm(self, norm: str) -> tuple[ir.Value, ir.Value]:
-        return self.tensor(f"{norm}.weight"), self.tensor(f"{norm}.bias")
+    def _norm(self, norm: str) -> tuple[ir.Value, ...]:
+        """Weight and bias of a norm, in the type of what it reads."""
+        names = [f"{norm}.{part}" for part in ("weight", "bias")]
+        if self.wide_stream:
+            return tuple(self.graph.weight(name, self.checkpoint.f32(name)) for name in names)
+        return tuple(map(self.tensor, names))
 
     def _bias(self, layers: Sequence[str]) -> ir.Value | None:
         present = [self.has(f"{layer}.bias") for layer in layers]
@@ -120,74 +202,7 @@ class Standard:
         if not all(present):
             raise ExportError(f"of the layers {', '.join(layers)} some have a bias and some have none")
         bias = np.concatenate([self.checkpoint.f32(f"{layer}.bias") for layer in layers])
-        return self.graph.weight(_joint(layers, "bias"), bias)
-
-
-class Contrib(Standard):
-    """ONNX Runtime's own operators on the CPU: few-bit weights, fused attention with one cache buffer."""
-
-    contrib = True
-    kv_form = "shared"
-
-    def __init__(self, graph: Graph, checkpoint, options: QuantizeOptions):
-        super().__init__(graph, checkpoint)
-        self.ms = graph.contrib
-        self.options = options
-
-    def add_norm(self, x, branches, norm, eps):
-        branch = branches[0]
-        for other in branches[1:]:
-            branch = self.op.Add(branch, other)
-        weight, bias = self._norm(norm)
-        normed, _, _, total = self.ms.SkipLayerNormalization(branch, x, weight, bias, epsilon=eps, _outputs=4)
-        normed.dtype = total.dtype = F32
-        return total, normed
-
-    def activation(self, x, kind):
-        if kind != "gelu_tanh":
-            return super().activation(x, kind)
-        # The same function as Gelu's tanh form, 2.6 times as fast over a prompt (640 x 10240: 3.9 ms, 10.0 ms).
-        y = self.ms.FastGelu(x)
-        y.dtype = F32
-        return y
-
-    def linear(self, x, *layers):
-        shapes = [self.checkpoint.shape(f"{layer}.weight") for layer in layers]
-        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        bits, block = self.options.bits(layers[-1]), self.options.block_size
-        blocks = -(-columns // block)
-        name = _joint(layers, f"weight_q{bits}")
-        # The scales are kept until the packed weights are on disk: an eighth of them at block 32.
-        scales, zeros = [], []
-
-        def packed() -> Iterator[np.ndarray]:
-            for layer in layers:
-                for part in self._parts(f"{layer}.weight"):
-                    try:
-                        quantized = quantize(part, bits, self.options)
-                    except ExportError as error:
-                        raise ExportError(f"{layer}.weight cannot be quantised: {error}") from error
-                    scales.append(quantized.scales)
-                    if quantized.zero_points is not None:
-                        zeros.append(quantized.zero_points)
-                    yield quantized.packed
-
-        weight = self.graph.weight_in_parts(name, np.uint8, (rows, blocks, block * bits // 8), packed())
-        scale = self.graph.weight(f"{name}.scales", np.concatenate(scales))
-        zero = self.graph.weight(f"{name}.zero_points", np.concatenate(zeros)) if zeros else None
-        bias = self._bias(layers)
-        inputs = [x, weight, scale, zero, None, bias]
-        while inputs[-1] is None:
-            inputs.pop()
-        y = self.ms.MatMulNBits(
-            *inputs, K=columns, N=rows, bits=bits, block_size=block, accuracy_level=self.options.accuracy_level
-        )
-        # Their schema is ONNX Runtime's own: the builder cannot know the types of these operators' results.
-        y.dtype = F32
-        return y
-
-    def cached_attention(self, config):
-        return SharedAttention(self, config)
+        return self.graph.weight(joint(layers, "bias"), self.stored(f"{layers[0]}.bias", bias))
 
     def _parts(self, tensor: str) -> Iterator[np.ndarray]:
         """A matrix by groups of rows, each f32."""
@@ -197,7 +212,13 @@ class Contrib(Standard):
             yield self.checkpoint.rows(tensor, start, start + step).astype(np.float32)
 
 
-def _joint(layers: Sequence[str], suffix: str) -> str:
+class Half(Standard):
+    """As `Standard`, weights and activations f16."""
+
+    dtype = F16
+
+
+def joint(layers: Sequence[str], suffix: str) -> str:
     """The name of several layers' joint weight: `decoder.layers.0.q_proj+k_proj+v_proj.weight`."""
     first, *others = layers
     return "+".join([first, *(layer.rsplit(".", 1)[-1] for layer in others)]) + f".{suffix}"

@@ -23,6 +23,11 @@ def write(path: Path, checkpoint) -> np.dtype:
     return dtype
 
 
+def read(path: Path, dtype: np.dtype, checkpoint) -> np.ndarray:
+    """The table that `write` wrote, mapped."""
+    return np.memmap(path, dtype, "r", shape=checkpoint.shape(TENSOR))
+
+
 def _parts(checkpoint) -> Iterator[np.ndarray]:
     for start in range(0, checkpoint.shape(TENSOR)[0], _ROWS):
         yield checkpoint.rows(TENSOR, start, start + _ROWS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,13 @@ from onnxscript import GraphBuilder
 from . import __version__
 
 CONTRIB = "com.microsoft"
+F16 = ir.DataType.FLOAT16
 F32 = ir.DataType.FLOAT
 I32 = ir.DataType.INT32
 I64 = ir.DataType.INT64
 
 # IR version of each opset that a dialect may ask for (ONNX's table of versions).
-_IR_VERSION = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
+_IR_VERSION = {15: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 23: 11, 24: 12}
 
 
 class Graph:
@@ -87,6 +89,9 @@ class Graph:
         for node in self._graph:
             node.metadata_props.clear()
         proto = ir.to_proto(model)
+        # CoreML's provider keeps compiled models by this, or else by the file's path, whatever lies there by then.
+        self._data.sha256.update(proto.SerializeToString())
+        onnx.helper.set_model_props(proto, {"COREML_CACHE_KEY": self._data.sha256.hexdigest()})
         inline = self._data.size < self._inline_limit
         if inline:
             onnx.external_data_helper.load_external_data_for_model(proto, str(self.path.parent))
@@ -104,6 +109,7 @@ class _DataFile:
     def __init__(self, path: Path):
         self.path = path
         self.size = 0
+        self.sha256 = hashlib.sha256()
         self._file = open(path, "wb")
 
     def append(self, name, dtype, shape, parts) -> ir.ExternalTensor:
@@ -117,7 +123,9 @@ class _DataFile:
             part = np.ascontiguousarray(part, dtype=dtype)
             # `data` of an empty array cannot be cast to bytes.
             if part.size:
-                self._file.write(part.reshape(-1).view(np.uint8).data)
+                content = part.reshape(-1).view(np.uint8).data
+                self._file.write(content)
+                self.sha256.update(content)
             written += part.nbytes
         if written != length:
             raise ValueError(f"weight {name}: {written} bytes came, its shape {list(shape)} takes {length}")

@@ -1,4 +1,4 @@
-"""The manifest: what a package holds and how its graphs are driven, as the engine's format 1 spells it."""
+"""The manifest: what a package holds and how its graphs are driven, as the engine's format 2 spells it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import onnx
 from . import __version__
 from .config import ModelConfig
 from .errors import ExportError
+from .serve import orders
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 
 _DTYPES = {
@@ -47,10 +48,11 @@ def manifest(
     sha256: str,
     embedding: dict,
     variants: dict[str, dict],
-    providers: dict[str, list[str]],
+    rotary: dict | None,
+    goldens: dict,
     files: dict[str, dict],
 ) -> dict:
-    """The whole manifest. `variants` are in order of preference; `providers` says where each may run."""
+    """The whole manifest; `rotary` describes the tables of `rotary.bin` where a graph reads their rows."""
     image, text, decoder = config.image, config.text, config.decoder
     return {
         "format": FORMAT,
@@ -80,17 +82,11 @@ def manifest(
             "hidden": decoder.hidden,
             "context": decoder.context,
             "logits_width": decoder.logits_width,
+            **({"rotary": rotary} if rotary else {}),
         },
         "variants": variants,
-        "serve": {
-            component: [
-                {"variant": variant, "provider": provider}
-                for variant, graphs in variants.items()
-                if component in graphs
-                for provider in providers[variant]
-            ]
-            for component in ("vision_encoder", "projector", "decoder")
-        },
+        "serve": orders(variants),
+        "goldens": goldens,
         "files": files,
     }
 

@@ -20,6 +20,16 @@ class Progress:
         self._label, self._total, self._done, self._start = label, total, 0, time.monotonic()
         self._draw()
 
+    def total(self, total: int) -> None:
+        """The component that was begun has so many steps, none of them done."""
+        self._total, self._done = total, 0
+        self._draw()
+
+    def note(self, sentence: str) -> None:
+        """Tells what was assumed, as a line of its own."""
+        if self._stream is not None:
+            print(f"note: {sentence}", file=self._stream, flush=True)
+
     def step(self) -> None:
         """One step is done."""
         self._done += 1

@@ -17,11 +17,11 @@ ACCURACY_LEVELS = (0, 1, 4)
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """How the matrices of `cpu-int4` are stored and multiplied.
+    """How matrices in few bits are stored and multiplied.
 
     `block_size` columns share a scale. `accuracy_level` is ONNX Runtime's: 4 rounds activations to int8 (fast), 1 and
     0 keep them f32. `method` is `rtn` (round to nearest, symmetric) or `k_quant` (a search for scale and zero point,
-    slower). `lm_head_bits` is 4 or 8; every other matrix has 4.
+    slower). `lm_head_bits` is 4 or 8; every other matrix of the decoder has 4, those before the decoder have 8.
     """
 
     block_size: int = 32
@@ -41,7 +41,9 @@ class QuantizeOptions:
 
     def bits(self, tensor: str) -> int:
         """Bits of a weight of the matrix `tensor`."""
-        return self.lm_head_bits if tensor.endswith("lm_head") else 4
+        if tensor.endswith("lm_head"):
+            return self.lm_head_bits
+        return 4 if tensor.startswith("decoder.") else 8
 
 
 @dataclass(frozen=True)

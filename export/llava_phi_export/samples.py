@@ -20,7 +20,7 @@ _PROMPTS = (
     "How many    objects can you\tcount?",
     "What colour is the square below the triangle, and what shape is to its right?",
 )
-_EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def samples(count: int, images: list[Path], directory: Path | None, prompts: Pat
     if directory is not None:
         if not directory.is_dir():
             raise CheckpointError(f"--images {directory} is no directory")
-        paths += sorted(path for path in directory.iterdir() if path.suffix.lower() in _EXTENSIONS)
+        paths += sorted(path for path in directory.iterdir() if path.suffix.lower() in EXTENSIONS)
         if not paths:
             raise CheckpointError(f"--images {directory} holds no image")
     texts = list(_PROMPTS)

@@ -28,8 +28,10 @@ def test_the_default_is_the_fast_variant_and_stdout_is_the_package(source, tmp_p
     code, out, err = run(capsys, source, tmp_path / "package", "--name", "mine")
     assert code == 0 and out == f"{tmp_path / 'package'}\n"
     assert [line.split()[0] for line in err.splitlines() if "note:" not in line] == [
+        "goldens",
         "shared/vision_encoder",
         "shared/projector",
+        "cpu-int4/decoder",
         "cpu-int4/decoder",
         "hashes",
     ]
@@ -41,7 +43,24 @@ def test_variants_are_written_in_order_of_preference_whatever_order_they_are_nam
     words = ["--variant", "portable-f32", "--variant", "cpu-int4", "--variant", "cpu-int4"]
     assert run(capsys, source, tmp_path / "package", *words)[0] == 0
     manifest = json.loads((tmp_path / "package" / "manifest.json").read_text())
-    assert [choice["variant"] for choice in manifest["serve"]["decoder"]] == ["cpu-int4", "portable-f32"]
+    on_the_cpu = [choice["variant"] for choice in manifest["serve"]["decoder"] if choice["provider"] == "cpu"]
+    assert on_the_cpu == ["cpu-int4", "portable-f32"]
+
+
+def test_a_package_without_a_decoder_is_refused_before_anything_is_written(source, tmp_path, capsys):
+    words = ["--variant", "nnapi-u8", "--variant", "cpu-int8"]
+    code, _, err = run(capsys, source, tmp_path / "package", *words)
+    assert code == 2 and err.splitlines()[-1].startswith("error: nnapi-u8 and cpu-int8 alone")
+    assert "--variant cpu-int4" in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["missing", "empty"])
+def test_a_directory_of_no_pictures_calibrates_nothing(source, tmp_path, capsys, folder):
+    (tmp_path / "empty").mkdir()
+    words = ["--variant", "cpu-int4", "--variant", "nnapi-u8", "--calibration", tmp_path / folder]
+    code, _, err = run(capsys, source, tmp_path / "package", *words)
+    assert code == 2 and err.splitlines()[-1].startswith("error: --calibration ") and folder in err
+    assert not (tmp_path / "package").exists()
 
 
 def test_the_options_of_the_quantiser_reach_the_graph(source, tmp_path, capsys):

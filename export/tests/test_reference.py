@@ -11,8 +11,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from llava_phi_export.checkpoint import Checkpoint  # noqa: E402
+from llava_phi_export.pillow_image import PillowImage, pad_to_square  # noqa: E402
 from llava_phi_export.presets import PRESETS, image_config  # noqa: E402
-from llava_phi_export.reference import PillowImage, Reference, pad_to_square, prompt_ids  # noqa: E402
+from llava_phi_export.reference import Reference, prompt_ids  # noqa: E402
 from llava_phi_export.samples import picture  # noqa: E402
 
 SIZES = [(1, 1), (1, 40), (40, 1), (28, 28), (56, 28), (29, 28), (27, 29), (337, 28), (500, 3), (64, 100), (101, 51)]

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 from llava_phi_export import decoder, projector, vision_encoder
+from llava_phi_export.attention import rotary_tables
 from llava_phi_export.config import DecoderConfig, ImageConfig, ModelConfig, ProjectorConfig, TextConfig, VisionConfig
-from llava_phi_export.dialect import Contrib, Standard
+from llava_phi_export.dialect import Standard, Window
 from llava_phi_export.graph import Graph
 from llava_phi_export.names import expected_shapes
 from llava_phi_export.progress import Progress
-from llava_phi_export.quantize import QuantizeOptions
 
 VISION = VisionConfig(24, 40, 3, 2, 28, 7, "quick_gelu", 1e-5, -2, "patch")
 PROJECTOR = ProjectorConfig("mlp2x_gelu", 2, 24, 64, "gelu")
+WINDOW = Window(24, 8)
 DECODER = DecoderConfig(64, 96, 3, 4, 4, 32, 16, 5000.0, "gelu_tanh", 1e-6, 48, 320, True, True)
 
 
@@ -60,6 +61,24 @@ class MemoryCheckpoint:
         return self.tensors[name].astype(np.float32)
 
 
+def raise_scores(source, by: float) -> None:
+    """Adds `by` to every score: one number of each head, which is not rotated, is the same in all queries and keys."""
+    config = source.config.decoder
+    number = np.float16((by * config.head_dim**0.5) ** 0.5)
+    read = source.f32, source.rows
+    places = (np.arange(config.heads) + 1) * config.head_dim - 1
+
+    def changed(name: str, values: np.ndarray, start: int = 0) -> np.ndarray:
+        if name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
+            values = np.array(values)
+            rows = np.isin(np.arange(start, start + len(values)), places)
+            values[rows] = number if name.endswith("bias") else 0
+        return values
+
+    source.f32 = lambda name: changed(name, read[0](name))
+    source.rows = lambda name, start, stop: changed(name, read[1](name, start, stop), start)
+
+
 def checkpoint(seed: int = 0, **changes) -> MemoryCheckpoint:
     """A random checkpoint of a small model with some fields changed."""
     return MemoryCheckpoint(model_config(**changes), seed)
@@ -73,14 +92,21 @@ def session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def export_graph(folder: Path, source: MemoryCheckpoint, component: str, dialect=Standard, options=None) -> Path:
-    """Exports one component and returns its path."""
-    path = folder / f"{component}.onnx"
+def export_graph(
+    folder: Path, source: MemoryCheckpoint, component: str, dialect=Standard, options=None, window=WINDOW
+) -> Path:
+    """Exports one component and returns its path; `window` is for the dialects whose cache has a fixed size."""
+    path, config = folder / f"{component}.onnx", source.config
     graph = Graph(component, path, opset=dialect.opset, contrib=dialect.contrib, inline_limit=1 << 20)
-    extra = [options or QuantizeOptions()] if dialect is Contrib else []
-    build = {"vision_encoder": vision_encoder, "projector": projector, "decoder": decoder}[component].build
-    part = {"vision_encoder": "vision"}.get(component, component)
-    build(graph, dialect(graph, source, *extra), getattr(source.config, part), Progress(None))
+    speaker = dialect(graph, source, options, window)
+    match component:
+        case "vision_encoder":
+            vision_encoder.build(graph, speaker, config.vision, Progress(None))
+        case "projector":
+            patches = config.vision.tokens_per_image if dialect.batch == 1 else "patches"
+            projector.build(graph, speaker, config.projector, Progress(None), patches)
+        case "decoder":
+            decoder.build(graph, speaker, config.decoder, Progress(None))
     graph.save()
     return path
 
@@ -150,3 +176,41 @@ class Shared:
 
     def _names(self) -> list[str]:
         return [*(f"present.{name}" for name in self.cache), "logits"]
+
+
+def first_run(path: Path, source: MemoryCheckpoint, x: np.ndarray) -> np.ndarray:
+    """Logits of the last of `x` [1, new, hidden], read at the beginning, by a decoder of any form that takes `x` whole.
+
+    A decoder that ends in hidden states is followed by the checkpoint's own head.
+    """
+    graph, new = session(path), x.shape[1]
+    shapes = {value.name: [1 if size == "batch" else size for size in value.shape] for value in graph.get_inputs()}
+    types = {value.name: np.float16 if "float16" in value.type else np.float32 for value in graph.get_inputs()}
+    columns = shapes["attention_mask"][-1] if "attention_mask" in shapes else 0
+    columns = new if isinstance(columns, str) else columns
+    # The columns of the new positions come last in a delta, first in a scatter.
+    first = columns - new if "rope_cos" in shapes else 0
+    allowed = np.arange(columns)[None] - first <= np.arange(new)[:, None]
+    angles = np.stack(rotary_tables(source.config.decoder))[:, None, None, :new]
+    known = {
+        "inputs_embeds": x,
+        "logits_index": np.array([new - 1]),
+        "position_ids": np.arange(new)[None],
+        "write_indices": np.array([0]),
+        "seqlens_k": np.array([new - 1], np.int32),
+        "total_sequence_length": np.array(new, np.int32),
+        "rope_cos": angles[0],
+        "rope_sin": angles[1],
+        "attention_mask": np.where(allowed & (np.arange(columns)[None] >= first), 0, -1e4)[None, None],
+    }
+    feeds = {}
+    for name, shape in shapes.items():
+        sizes = [{"past": 0, "capacity": new}.get(size, size) for size in shape]
+        value = known[name] if name in known else np.zeros(sizes)
+        feeds[name] = value if value.dtype.kind == "i" else value.astype(types[name])
+    names = [output.name for output in graph.get_outputs()]
+    named = dict(zip(names, graph.run(names, feeds), strict=True))
+    if "logits" in named:
+        return named["logits"][0]
+    head = source.tensors["decoder.lm_head.weight"], source.tensors["decoder.lm_head.bias"]
+    return named["hidden_states"][0, -1].astype(np.float32) @ head[0].T + head[1]
