@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 PROJECT = ROOT / "export" / "pyproject.toml"
+VARIANTS = ROOT / "target" / "tiny-variants"
 STAMP = VENV / "installed.sha256"
 
 
@@ -41,6 +42,12 @@ def install() -> None:
     STAMP.write_text(wanted)
 
 
+def export_variants() -> int:
+    """Exports the miniature with every variant, for the tests that hold them against each other."""
+    options = ["--name", "llava-phi-tiny", "--variant", "all", "--force"]
+    return run(PYTHON, "-m", "llava_phi_export", "models/tiny/checkpoint", VARIANTS, *options)
+
+
 def must(code: int) -> None:
     """Ends the script with the exit code of a command that failed."""
     if code != 0:
@@ -50,7 +57,8 @@ def must(code: int) -> None:
 def main() -> None:
     """Runs both test suites and fails when either fails."""
     install()
-    environment = {**os.environ, "VIRTUAL_ENV": str(VENV)}
+    must(export_variants())
+    environment = {**os.environ, "VIRTUAL_ENV": str(VENV), "LLAVA_PHI_TEST_PACKAGE": str(VARIANTS)}
     rust = run("cargo", "test", "--locked", env=environment)
     exporter = run(PYTHON, "-m", "pytest", "export/tests", env=environment)
     sys.exit(rust or exporter)

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 /// Lowest first. Modules on one line stand side by side and may not name each other.
 const FLOORS: &[&[&str]] = &[
     &["error"],
-    &["package"],
+    &["package", "machine", "compiled"],
     &["image", "text"],
     &["runtime"],
     &["model"],

@@ -178,6 +178,7 @@ fn streamed(engine: &Engine, request: &Request) -> (String, Completion) {
         match event.unwrap() {
             Event::Text(text) => joined.push_str(&text),
             Event::Finished(completion) => return (joined, *completion),
+            Event::Restarted(demotion) => panic!("{demotion:?}"),
         }
     }
     panic!("no end");
@@ -259,7 +260,7 @@ fn say(chat: &mut Chat, images: &[&Drawing], text: &str) -> Completion {
         images.iter().map(|image| Attachment::new(chat.engine(), "drawing", image.file(), None).unwrap());
     let attached = attached.collect();
     let parts = (0..images.len()).map(Part::Image).chain([Part::Text(text.to_owned())]).collect();
-    let mut on_text = |_: &str| ControlFlow::Continue(());
+    let mut on_text = |_: &Event| ControlFlow::Continue(());
     chat.ask(parts, attached, GenerateParams::default(), &CancelToken::new(), &mut on_text).unwrap()
 }
 
@@ -300,14 +301,14 @@ fn a_question_that_is_refused_or_stopped_leaves_a_whole_conversation() {
     let before = chat.messages().to_vec();
     let blue = Attachment::new(chat.engine(), "blue", Drawing::blue_square().file(), None).unwrap();
     let parts = vec![Part::Image(0), Part::Text("a long story ".repeat(500))];
-    let mut on_text = |_: &str| ControlFlow::Continue(());
+    let mut on_text = |_: &Event| ControlFlow::Continue(());
     let params = GenerateParams::default();
     let error = chat.ask(parts, vec![blue], params, &CancelToken::new(), &mut on_text).unwrap_err();
     assert!(matches!(error, Error::TooLong { .. }), "{error}");
     assert_eq!((chat.messages(), chat.images().len()), (&before[..], 1));
 
     let parts = vec![Part::Text("describe the image.".to_owned())];
-    let mut on_text = |_: &str| ControlFlow::Break(());
+    let mut on_text = |_: &Event| ControlFlow::Break(());
     let params = GenerateParams { sampling: noise(3, 1.0).sampling, ..GenerateParams::default() };
     let stopped = chat.ask(parts, vec![], params, &CancelToken::new(), &mut on_text).unwrap();
     assert_eq!(chat.messages().len(), 4);

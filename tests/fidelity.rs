@@ -137,8 +137,8 @@ fn the_stages_of_an_image_equal_the_reference() {
         let pixels = image.pixel_values.distance(input.pixels().view().iter().copied());
         // The norm was summed in another order; the values themselves are equal.
         assert!(pixels < 1e-12, "{name}: pixel values {pixels}");
-        let features = model.vision().encode(input.pixels()).unwrap();
-        let embeds = model.projector().project(&features).unwrap();
+        let features = model.vision().unwrap().encode(&input.pixels().view()).unwrap();
+        let embeds = model.projector().unwrap().project(&features.view()).unwrap();
         let distances = [
             image.patch_features.distance(features.view().iter().copied()),
             image.image_embeds.distance(embeds.rows().iter().copied()),

@@ -5,6 +5,7 @@
 
 mod architecture;
 mod cli;
+mod compile;
 mod detokenizer;
 mod engine;
 mod fidelity;
@@ -12,7 +13,11 @@ mod library;
 mod package;
 mod preprocess;
 mod prompt;
+mod providers;
 mod sampler;
+mod serving;
 mod splice;
 mod support;
 mod tokenizer;
+mod tune;
+mod variants;

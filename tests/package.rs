@@ -10,8 +10,9 @@ use llava_phi::{
     engine::{Engine, EngineOptions, Request, cancel::CancelToken},
     error::ErrorKind,
     generate::params::GenerateParams,
-    model::ModelOptions,
-    package::{MANIFEST, ModelPackage},
+    model::{ModelOptions, selection::VariantSelection},
+    package::{Component, MANIFEST, ModelPackage},
+    runtime::Step,
     text::Piece,
 };
 use proptest::prelude::*;
@@ -29,7 +30,10 @@ struct Copy {
 impl Copy {
     fn new() -> Self {
         let dir = TempDir::new().unwrap();
-        copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny/package"), dir.path());
+        support::copy_directory(
+            &Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny/package"),
+            dir.path(),
+        );
         Self { dir }
     }
 
@@ -67,22 +71,10 @@ fn info(bytes: &[u8]) -> Value {
     json!({ "bytes": bytes.len(), "sha256": sha256 })
 }
 
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy(&entry.path(), &target);
-        } else {
-            fs::copy(entry.path(), target).unwrap();
-        }
-    }
-}
-
 fn engine(package: &ModelPackage, variant: Option<&str>) -> Result<Engine, Error> {
     let library = support::library();
-    let model = ModelOptions { variant: variant.map(str::to_owned), ..ModelOptions::default() };
+    let variants = variant.map_or_else(VariantSelection::default, VariantSelection::of);
+    let model = ModelOptions { variants, ..ModelOptions::default() };
     Engine::open(package, &EngineOptions { library, model, ..EngineOptions::default() })
 }
 
@@ -123,7 +115,7 @@ fn a_directory_that_is_no_package() {
 
 #[test]
 fn a_manifest_of_another_format() {
-    check(|m| m["format"] = json!(2), &["format 2", "reads format 1", "update llava-phi"]);
+    check(|m| m["format"] = json!(1), &["format 1", "reads format 2", "update llava-phi"]);
     check(|m| m["format"] = json!("one"), &["format \"one\"", "export again"]);
     check(|m| m["colour"] = json!("red"), &["unknown field `colour`", "export again"]);
     check(|m| m["decoder"]["colour"] = json!("red"), &["unknown field `colour`", "export again"]);
@@ -175,7 +167,7 @@ fn a_link_out_of_the_package() {
 #[test]
 fn files_with_other_content() {
     let copy = Copy::new();
-    let name = "cpu-int4/decoder.onnx";
+    let name = "goldens.safetensors";
     let mut weights = fs::read(copy.path(name)).unwrap();
     let last = weights.len() - 1;
     weights[last / 2] ^= 1;
@@ -194,6 +186,62 @@ fn files_with_other_content() {
     fs::create_dir(copy.path(name)).unwrap();
     refused(copy.open(), ErrorKind::Package, &[name, "not a file", "copy the package again"]);
     check(|m| m["files"]["embeddings.bin"]["sha256"] = json!("é".repeat(32)), &["embeddings.bin", "SHA-256"]);
+}
+
+#[test]
+fn another_variant_serves_where_the_file_of_one_is_damaged_or_gone() {
+    let copy = Copy::new();
+    let name = "cpu-int4/decoder.onnx";
+    let mut weights = fs::read(copy.path(name)).unwrap();
+    let middle = weights.len() / 2;
+    weights[middle] ^= 1;
+    fs::write(copy.path(name), &weights).unwrap();
+    let serves = |words: &[&str]| {
+        let engine = copy.engine().unwrap();
+        let reports = engine.reports();
+        let decoder = reports.iter().find(|report| report.component == Component::Decoder).unwrap();
+        assert_eq!(decoder.variant, "portable-f32");
+        let refusal = &decoder.refused[0];
+        assert_eq!((refusal.variant.as_str(), refusal.step), ("cpu-int4", Step::Package));
+        for word in [name].iter().chain(words) {
+            assert!(refusal.reason.contains(word), "{word:?} is not in {:?}", refusal.reason);
+        }
+    };
+    serves(&["not what was exported", "SHA-256", "copy the package again"]);
+    fs::remove_file(copy.path(name)).unwrap();
+    serves(&["missing", "copy the package again"]);
+    refused(copy.open().unwrap().verify(), ErrorKind::Package, &[name, "missing"]);
+
+    let other = "portable-f32/decoder.onnx";
+    fs::write(copy.path(other), b"no graph").unwrap();
+    refused(copy.engine(), ErrorKind::Package, &[name, "missing", "copy the package again"]);
+    copy.admit(other);
+    fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny/package").join(name), copy.path(name))
+        .unwrap();
+    assert!(copy.engine().unwrap().reports().iter().all(|report| report.variant == "cpu-int4"));
+}
+
+/// Each component computes something else than the goldens say: nothing that is wrong serves.
+#[test]
+fn a_variant_that_computes_something_else_is_refused_and_the_next_one_serves() {
+    let copy = Copy::new();
+    // The first variant's decoder becomes that of other weights: some scale or weight in the middle of the file.
+    let name = "cpu-int4/decoder.onnx";
+    let mut graph = fs::read(copy.path(name)).unwrap();
+    let half = graph.len() / 2;
+    graph[half..half + 4096].fill(0x3a);
+    fs::write(copy.path(name), &graph).unwrap();
+    copy.admit(name);
+    let engine = copy.engine().unwrap();
+    let reports = engine.reports();
+    let decoder = reports.iter().find(|report| report.component == Component::Decoder).unwrap();
+    assert_eq!(decoder.variant, "portable-f32", "{:?}", decoder.self_check);
+    assert_eq!(decoder.refused[0].step, Step::SelfCheck);
+    assert!(decoder.refused[0].reason.starts_with("logits "), "{}", decoder.refused[0].reason);
+    assert!(decoder.self_check.iter().all(llava_phi::model::goldens::Agreement::passes));
+
+    copy.change(|m| m["serve"]["decoder"] = json!([{ "variant": "cpu-int4", "provider": "cpu" }]));
+    refused(copy.engine(), ErrorKind::Provider, &["nothing serves the decoder", "self-check", "golden"]);
 }
 
 #[test]
@@ -247,13 +295,15 @@ fn variants_that_are_not_there() {
     );
     check(|m| m["serve"]["decoder"] = json!([]), &["nothing serves the decoder"]);
     let package = ModelPackage::embedded().unwrap();
-    let words = ["variant gpu", "llava-phi-tiny", "cpu-int4, portable-f32"];
+    let words = ["variant \"gpu\"", "llava-phi-tiny", "cpu-int4, portable-f32"];
     refused(engine(&package, Some("gpu")), ErrorKind::Request, &words);
     let copy = Copy::new();
     copy.change(|m| m["serve"]["decoder"] = json!([{ "variant": "cpu-int4", "provider": "abacus" }]));
-    let Err(error) = copy.engine() else { panic!("an unknown provider served") };
-    assert!(error.to_string().contains("abacus"), "{error}");
-    assert_ne!(error.kind(), ErrorKind::Runtime, "{error}");
+    refused(
+        copy.engine(),
+        ErrorKind::Package,
+        &["manifest.json", "serve.decoder", "abacus", "this version knows"],
+    );
 }
 
 #[test]

@@ -24,8 +24,9 @@ fn parts() -> &'static Parts {
         let mut model = model("portable-f32", None);
         let preprocessor = Preprocessor::new(&package().manifest().image);
         let images = [Drawing::red_circle(), Drawing::blue_square()].map(|image| {
-            let features = model.vision().encode(&preprocessor.run(&image.rgb(), None)).unwrap();
-            model.projector().project(&features).unwrap()
+            let features =
+                model.vision().unwrap().encode(&preprocessor.run(&image.rgb(), None).view()).unwrap();
+            model.projector().unwrap().project(&features.view()).unwrap()
         });
         Parts { embedder: TokenEmbedder::open(package()).unwrap(), images }
     })

@@ -1,6 +1,10 @@
 //! The embedded model, opened for tests, and pictures for it.
 
-use std::{path::PathBuf, sync::OnceLock};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
 use llava_phi::{
     chat::{
@@ -10,7 +14,7 @@ use llava_phi::{
     engine::{Engine, EngineOptions, Request, cancel::CancelToken},
     generate::params::GenerateParams,
     image::Rgb,
-    model::{LlavaPhi, ModelOptions},
+    model::{LlavaPhi, ModelOptions, selection::VariantSelection},
     package::ModelPackage,
     runtime::{LibraryOptions, Runtime},
 };
@@ -36,9 +40,13 @@ pub(crate) fn library() -> LibraryOptions {
 
 /// An engine that nobody else uses; what its cache holds is known.
 pub(crate) fn open(variant: &str, threads: usize) -> Engine {
-    let model =
-        ModelOptions { variant: Some(variant.to_owned()), threads: Some(threads), ..ModelOptions::default() };
-    Engine::open(package(), &EngineOptions { library: library(), model, ..EngineOptions::default() }).unwrap()
+    open_in(package(), variant, threads)
+}
+
+/// As [`open`], in a package of the test's own.
+pub(crate) fn open_in(package: &ModelPackage, variant: &str, threads: usize) -> Engine {
+    let model = options(variant, threads);
+    Engine::open(package, &EngineOptions { library: library(), model, ..EngineOptions::default() }).unwrap()
 }
 
 /// An engine that all tests share.
@@ -51,8 +59,17 @@ pub(crate) fn engine(variant: &str) -> &'static Engine {
 /// A model without an engine, to walk its stages.
 pub(crate) fn model(variant: &str, prefill_chunk: Option<usize>) -> LlavaPhi {
     Runtime::start(&library(), &mut |_| {}).unwrap();
-    let options = ModelOptions { variant: Some(variant.to_owned()), threads: Some(1), prefill_chunk };
-    LlavaPhi::open(package(), &options).unwrap()
+    LlavaPhi::open(package(), &ModelOptions { prefill_chunk, ..options(variant, 1) }).unwrap()
+}
+
+/// Every component that it has from `variant`, on the processor.
+pub(crate) fn options(variant: &str, threads: usize) -> ModelOptions {
+    ModelOptions {
+        variants: VariantSelection::of(variant),
+        providers: "cpu".parse().unwrap(),
+        threads: Some(threads),
+        ..ModelOptions::default()
+    }
 }
 
 /// A question about `images`, which stand before it.
@@ -135,6 +152,20 @@ impl Shape {
             Kind::Circle => dx * dx + dy * dy <= radius * radius,
             Kind::Square => dx.abs().max(dy.abs()) <= radius,
             Kind::Triangle => dy.abs() <= radius && 2 * dx.abs() <= dy + radius,
+        }
+    }
+}
+
+/// Copies a directory and all below it.
+pub(crate) fn copy_directory(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_directory(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
         }
     }
 }
