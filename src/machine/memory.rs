@@ -62,7 +62,8 @@ impl Limit {
 }
 
 impl Memory {
-    pub(super) fn probe(roots: &Roots) -> Self {
+    /// Reads what there is now; without the rest of [`super::Machine::probe`], which looks through directories.
+    pub fn probe(roots: &Roots) -> Self {
         let (total, available) = of_system(roots);
         let mut limits = cgroup::limits(roots);
         limits.extend(address_space(roots));

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::chain::Loader;
 use super::selection::Candidate;
 use crate::error::Result;
-use crate::machine::{Machine, Roots};
+use crate::machine::{Memory, Roots};
 use crate::package::Component;
 use crate::package::plan::{Host, MemoryPlan, Part};
 use crate::runtime::Provider;
@@ -37,7 +37,7 @@ impl MemoryGate {
             return Ok(None);
         }
         let part = Part { component, variant: &candidate.variant, host: host(candidate.target.provider) };
-        let memory = Machine::probe(&Roots::default()).memory;
+        let memory = Memory::probe(&Roots::default());
         let alone = MemoryPlan::of(&loader.package, &[part])?;
         if let Err(shortfall) = alone.fits(memory.budget(), &memory.explain()) {
             return Ok(Some(shortfall.to_string()));

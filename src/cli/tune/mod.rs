@@ -23,7 +23,7 @@ use super::interrupt;
 use super::session::SessionArguments;
 use crate::engine::cancel::CancelToken;
 use crate::error::{Error, Result};
-use crate::machine::{Machine, Processor, Roots};
+use crate::machine::{Machine, Memory, Processor, Roots};
 use crate::model::ModelOptions;
 use crate::model::decision::{Decision, DecisionKey, Found, day};
 use crate::model::measure::{Outcome, Workload, measure};
@@ -304,7 +304,7 @@ fn shortfall(limit: Option<u64>, package: &ModelPackage, picks: &[&Row]) -> Resu
         host: memory_host(row.provider.provider),
     });
     let plan = MemoryPlan::of(package, &parts.chain(head).collect::<Vec<_>>())?;
-    let memory = Machine::probe(&Roots::default()).memory;
+    let memory = Memory::probe(&Roots::default());
     let (budget, source) = match limit {
         Some(limit) if limit < memory.budget() => (limit, "the limit that was given".to_owned()),
         _ => (memory.budget(), memory.explain()),
