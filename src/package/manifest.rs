@@ -1,11 +1,11 @@
-//! Everything the exporter knows about a model, as data (format 2).
+//! Everything the exporter knows about a model, as data (format 3).
 
 use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
 /// The manifest format that this version reads.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// `manifest.json`: what a package holds and how its graphs are driven.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,8 +33,33 @@ pub struct Manifest {
     pub serve: Serve,
     /// Results that a session must reproduce before it serves.
     pub goldens: GoldenSpec,
+    /// What decoders hold after the head of every prompt.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<SnapshotSpec>,
     /// Size and hash of every file of the package but the manifest, by relative path.
     pub files: BTreeMap<String, FileInfo>,
+}
+
+impl Manifest {
+    /// The variant whose vision encoder does not say which patches matter, if there is one: images are then read whole.
+    pub fn reads_whole(&self) -> Option<&str> {
+        let gives =
+            |variant: &Variant| variant.vision_encoder.as_ref().is_none_or(GraphSpec::gives_attention);
+        self.variants.iter().find(|(_, variant)| !gives(variant)).map(|(name, _)| name.as_str())
+    }
+
+    /// How few positions images may be read in, as a sentence without its subject.
+    pub fn image_positions(&self) -> String {
+        let all = self.vision.tokens_per_image;
+        match self.reads_whole() {
+            None => format!("take {all} positions, or fewer when asked"),
+            Some(variant) => {
+                format!(
+                    "take {all} positions: the vision encoder {variant} gives no {CLS_ATTENTION} to choose by"
+                )
+            }
+        }
+    }
 }
 
 /// Where a package comes from.
@@ -131,6 +156,27 @@ pub struct VisionSpec {
     pub tokens_per_image: usize,
     /// Columns of the patch features.
     pub hidden: usize,
+    /// What was measured when the decoder reads fewer positions of each image.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub measured: Vec<MeasuredTokens>,
+}
+
+/// How many questions were answered right with fewer visual tokens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MeasuredTokens {
+    /// Positions that an image took.
+    pub tokens: usize,
+    /// What was asked.
+    pub benchmark: String,
+    /// The variant that answered.
+    pub variant: String,
+    /// Questions that were asked.
+    pub questions: usize,
+    /// Questions that were answered right.
+    pub right: usize,
+    /// Questions that the same variant answers right when it reads all positions.
+    pub right_with_all: usize,
 }
 
 /// The token embedding table: `rows` x `columns` numbers, row by row, little endian.
@@ -209,6 +255,9 @@ pub struct Tolerance {
     pub image_embeds: f64,
     /// For the logits of one position.
     pub logits: f64,
+    /// For the class token's attention to one image, where the encoder gives it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cls_attention: Option<f64>,
 }
 
 /// Results of the f32 model in standard operators, in a `safetensors` file.
@@ -216,7 +265,8 @@ pub struct Tolerance {
 /// Its tensors: `pixel_values` f32 [1, 3, size, size] and what they give, `patch_features` f32 [1, `tokens_per_image`,
 /// vision.hidden] and `image_embeds` f32 [1, `tokens_per_image`, hidden]; a prompt, `tokens_before` and `tokens_after`
 /// i64 around the first `image_rows` rows of `image_embeds`; `next_tokens` i64, which are read one by one after the
-/// prompt; and `logits` f32 [1 + `next_tokens`, `logits_width`], after the prompt and after each of them.
+/// prompt; and `logits` f32 [1 + `next_tokens`, `logits_width`], after the prompt and after each of them. Where a vision
+/// encoder gives it, `cls_attention` f32 [1, `tokens_per_image`] too.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GoldenSpec {
@@ -224,6 +274,18 @@ pub struct GoldenSpec {
     pub file: String,
     /// Rows of the image that the prompt holds.
     pub image_rows: usize,
+}
+
+/// What one decoder holds after the first positions of every prompt, as `llava-phi cache ship` wrote it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotSpec {
+    /// Relative path of the snapshot.
+    pub file: String,
+    /// The decoder's variant.
+    pub variant: String,
+    /// How many positions it holds.
+    pub positions: usize,
 }
 
 /// One graph on disk and what it takes and gives.
@@ -258,6 +320,17 @@ impl GraphSpec {
     }
 }
 
+/// The vision encoder's output by which visual tokens are chosen: how much the class token attends to each row of the
+/// patch features in the layer that makes them, the mean over the heads, [batch, `tokens_per_image`].
+pub const CLS_ATTENTION: &str = "cls_attention";
+
+impl GraphSpec {
+    /// Whether a vision encoder gives what visual tokens are chosen by.
+    pub fn gives_attention(&self) -> bool {
+        self.outputs.contains_key(CLS_ATTENTION)
+    }
+}
+
 /// The decoder output that a head turns into logits.
 pub const HIDDEN_STATES: &str = "hidden_states";
 
@@ -274,7 +347,7 @@ impl DecoderGraphSpec {
 pub struct KvSpec {
     /// How past and present are handed over.
     pub form: KvForm,
-    /// Type of the numbers in the cache.
+    /// Type of the numbers in the cache; [`DType::I8`] in the form [`KvForm::Shared`] alone.
     pub dtype: DType,
     /// Positions that the cache holds, for the forms whose cache has a fixed size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -326,6 +399,8 @@ pub enum DType {
     F32,
     /// IEEE 754 half precision.
     F16,
+    /// Signed 8-bit integer: a cache whose scales the graph holds.
+    I8,
     /// Signed 32-bit integer.
     I32,
     /// Signed 64-bit integer.
@@ -371,10 +446,18 @@ impl DType {
     /// Bytes of one number.
     pub fn bytes(self) -> usize {
         match self {
+            Self::I8 => 1,
             Self::F16 => 2,
             Self::F32 | Self::I32 => 4,
             Self::I64 => 8,
         }
+    }
+}
+
+impl fmt::Display for MeasuredTokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { benchmark, variant, questions, right, right_with_all, .. } = self;
+        write!(f, "{right} of {questions} right in {benchmark} with {variant}, {right_with_all} with all")
     }
 }
 
@@ -383,6 +466,7 @@ impl fmt::Display for DType {
         f.write_str(match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
+            Self::I8 => "i8",
             Self::I32 => "i32",
             Self::I64 => "i64",
         })

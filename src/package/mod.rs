@@ -3,6 +3,7 @@
 pub mod embedded;
 pub mod manifest;
 pub mod plan;
+pub(crate) mod protobuf;
 mod verify;
 
 use std::{
@@ -153,11 +154,12 @@ impl ModelPackage {
         let manifest = read_manifest(path, bytes)?;
         let digest = verify::digest(bytes);
         let mut package = Self { root, manifest, digest, faults: Arc::default() };
-        let graphs = verify::graph_files(&package.manifest);
+        let mut optional = verify::graph_files(&package.manifest);
+        optional.extend(package.manifest.snapshots.iter().map(|snapshot| snapshot.file.clone()));
         let mut faults = BTreeMap::new();
         for (name, info) in &package.manifest.files {
             match package.check_file(name, info, verify::HASHED_AT_OPEN) {
-                Err(error) if graphs.contains(name) => _ = faults.insert(name.clone(), error),
+                Err(error) if optional.contains(name) => _ = faults.insert(name.clone(), error),
                 checked => checked?,
             }
         }
@@ -200,6 +202,15 @@ impl ModelPackage {
     /// SHA-256 of the manifest, and so of everything that it lists, hexadecimal.
     pub fn digest(&self) -> &str {
         &self.digest
+    }
+
+    /// SHA-256 over what the manifest says of everything but snapshots, which are made of the rest: hexadecimal.
+    pub fn content_digest(&self) -> String {
+        let mut manifest = self.manifest.clone();
+        for snapshot in std::mem::take(&mut manifest.snapshots) {
+            manifest.files.remove(&snapshot.file);
+        }
+        verify::digest(&serde_json::to_vec(&manifest).expect("what was read as JSON can be written as such"))
     }
 
     /// The package's directory; `None` when the package is inside the program.

@@ -13,8 +13,8 @@ use sha2::{Digest, Sha256};
 
 use super::Component;
 use super::manifest::{
-    DType, DecoderGraphSpec, DecoderSpec, Dim, EmbeddingSpec, FORMAT, FileInfo, GraphSpec, HIDDEN_STATES,
-    KvForm, KvSpec, Manifest, TensorSpec, Tolerance,
+    CLS_ATTENTION, DType, DecoderGraphSpec, DecoderSpec, Dim, EmbeddingSpec, FORMAT, FileInfo, GraphSpec,
+    HIDDEN_STATES, KvForm, KvSpec, Manifest, MeasuredTokens, TensorSpec, Tolerance,
 };
 use crate::error::{Error, Result};
 
@@ -178,14 +178,30 @@ fn sizes(faults: &mut Faults, manifest: &Manifest) {
         format!("goldens.image_rows is {rows}, but an image has {image}")
     });
     for (name, variant) in &manifest.variants {
-        let Tolerance { patch_features, image_embeds, logits } = variant.tolerance;
-        for (what, value) in
-            [("patch_features", patch_features), ("image_embeds", image_embeds), ("logits", logits)]
-        {
+        let Tolerance { patch_features, image_embeds, logits, cls_attention } = variant.tolerance;
+        let given = [("patch_features", patch_features), ("image_embeds", image_embeds), ("logits", logits)];
+        for (what, value) in given.into_iter().chain(cls_attention.map(|value| (CLS_ATTENTION, value))) {
             faults.check(value.is_finite() && value > 0.0, || {
                 format!("variant {name}: tolerance.{what} is {value}")
             });
         }
+        let gives = variant.vision_encoder.as_ref().is_some_and(GraphSpec::gives_attention);
+        faults.check(!gives || cls_attention.is_some(), || {
+            format!("variant {name}: tolerance.{CLS_ATTENTION} is missing, and its vision encoder gives it")
+        });
+    }
+    for one in &vision.measured {
+        let MeasuredTokens { tokens, questions, right, right_with_all, .. } = one;
+        let holds = (1..=vision.tokens_per_image).contains(tokens)
+            && *questions > 0
+            && right <= questions
+            && right_with_all <= questions;
+        faults.check(holds, || {
+            format!(
+                "vision.measured says of {tokens} tokens that {one}, and an image has {}",
+                vision.tokens_per_image
+            )
+        });
     }
     faults.check(text.vocabulary <= embedding.rows, || {
         format!("text.vocabulary is {} and embedding.rows is {}", text.vocabulary, embedding.rows)
@@ -232,6 +248,9 @@ fn graphs(faults: &mut Faults, manifest: &Manifest) {
             graph.input("pixel_values", REAL, &[batch(), fixed(3), fixed(size), fixed(size)]);
             let features = [batch(), fixed(vision.tokens_per_image), fixed(vision.hidden)];
             graph.output("patch_features", REAL, &features);
+            if graph.graph.gives_attention() {
+                graph.output(CLS_ATTENTION, REAL, &features[..2]);
+            }
             graph.finish();
         }
         if let Some(graph) = &variant.projector {
@@ -259,8 +278,12 @@ fn graphs(faults: &mut Faults, manifest: &Manifest) {
 /// Whether the manifest says of a cache what its form asks for.
 fn cache_sizes(faults: &mut Faults, variant: &str, kv: &KvSpec, context: usize) {
     let is_fixed = matches!(kv.form, KvForm::Scatter | KvForm::Delta);
-    faults.check(REAL.contains(&kv.dtype), || {
-        format!("variant {variant}: a cache of {} is not read", kv.dtype)
+    let is_read = REAL.contains(&kv.dtype) || (kv.dtype, kv.form) == (DType::I8, KvForm::Shared);
+    faults.check(is_read, || {
+        format!(
+            "variant {variant}: a cache of {} is not read; f32 and f16 are, and i8 in the form shared",
+            kv.dtype
+        )
     });
     faults.check(kv.capacity.is_some() == is_fixed && kv.chunk.is_some() == is_fixed, || {
         format!("variant {variant}: kv.capacity and kv.chunk belong to the forms scatter and delta, and only to them")

@@ -6,6 +6,8 @@
 
 use std::collections::BTreeSet;
 
+use crate::package::protobuf::{Fields, Value, varint};
+
 /// Bytes of the initializers of one graph.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Weights {
@@ -22,7 +24,8 @@ impl Weights {
     pub(super) fn read(model: &[u8]) -> Option<Self> {
         let mut weights = Self::default();
         for field in Fields(model) {
-            if let (7, Value::Bytes(graph)) = field? {
+            let field = field?;
+            if let (7, Value::Bytes(graph)) = (field.number, field.value) {
                 weights.add_graph(graph)?;
             }
         }
@@ -37,12 +40,14 @@ impl Weights {
     fn add_graph(&mut self, graph: &[u8]) -> Option<()> {
         let mut scales = BTreeSet::new();
         for field in Fields(graph) {
-            if let (1, Value::Bytes(node)) = field? {
+            let field = field?;
+            if let (1, Value::Bytes(node)) = (field.number, field.value) {
                 scales.insert(block_scales(node)?);
             }
         }
         for field in Fields(graph) {
-            let (5, Value::Bytes(tensor)) = field? else { continue };
+            let field = field?;
+            let (5, Value::Bytes(tensor)) = (field.number, field.value) else { continue };
             let (name, half, bytes) = initializer(tensor)?;
             let kind = match (!name.is_empty() && scales.contains(name), half) {
                 (_, true) => &mut self.half,
@@ -59,7 +64,8 @@ impl Weights {
 fn block_scales(node: &[u8]) -> Option<&[u8]> {
     let (mut inputs, mut operator) = (Vec::new(), &[][..]);
     for field in Fields(node) {
-        match field? {
+        let field = field?;
+        match (field.number, field.value) {
             (1, Value::Bytes(name)) => inputs.push(name),
             (4, Value::Bytes(name)) => operator = name,
             _ => {}
@@ -72,7 +78,8 @@ fn block_scales(node: &[u8]) -> Option<&[u8]> {
 fn initializer(tensor: &[u8]) -> Option<(&[u8], bool, u64)> {
     let (mut name, mut elements, mut data_type) = (&[][..], 1u64, 0);
     for field in Fields(tensor) {
-        match field? {
+        let field = field?;
+        match (field.number, field.value) {
             (1, Value::Number(size)) => elements = elements.saturating_mul(size),
             (1, Value::Bytes(packed)) => {
                 let mut rest = packed;
@@ -96,85 +103,15 @@ fn initializer(tensor: &[u8]) -> Option<(&[u8], bool, u64)> {
     Some((name, matches!(data_type, 10 | 16), elements.saturating_mul(bits).div_ceil(8)))
 }
 
-/// What a protobuf field holds.
-enum Value<'a> {
-    /// A whole number.
-    Number(u64),
-    /// A string, bytes, or a message.
-    Bytes(&'a [u8]),
-    /// A fixed-size number, which nothing here needs.
-    Other,
-}
-
-/// The fields of a protobuf message, in its order; a `None` among them means that it is malformed.
-struct Fields<'a>(&'a [u8]);
-
-impl<'a> Iterator for Fields<'a> {
-    type Item = Option<(u64, Value<'a>)>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let field = self.field();
-        if field.is_none() {
-            self.0 = &[];
-        }
-        Some(field)
-    }
-}
-
-impl<'a> Fields<'a> {
-    fn field(&mut self) -> Option<(u64, Value<'a>)> {
-        let tag = varint(&mut self.0)?;
-        let value = match tag & 7 {
-            0 => Value::Number(varint(&mut self.0)?),
-            1 => self.skip(8)?,
-            2 => {
-                let length = usize::try_from(varint(&mut self.0)?).ok()?;
-                let (bytes, rest) = self.0.split_at_checked(length)?;
-                self.0 = rest;
-                Value::Bytes(bytes)
-            }
-            5 => self.skip(4)?,
-            _ => return None,
-        };
-        Some((tag >> 3, value))
-    }
-
-    fn skip(&mut self, bytes: usize) -> Option<Value<'a>> {
-        self.0 = self.0.get(bytes..)?;
-        Some(Value::Other)
-    }
-}
-
-/// Takes a number of up to ten bytes from the front.
-fn varint(bytes: &mut &[u8]) -> Option<u64> {
-    let mut number = 0u64;
-    for shift in (0..64).step_by(7) {
-        let (&byte, rest) = bytes.split_first()?;
-        *bytes = rest;
-        number |= u64::from(byte & 0x7f) << shift;
-        if byte < 0x80 {
-            return Some(number);
-        }
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::package::protobuf::put_bytes;
 
-    fn field(number: u8, content: &[u8]) -> Vec<u8> {
-        let mut bytes = vec![number << 3 | 2];
-        let mut length = content.len();
-        while length >= 0x80 {
-            bytes.push(u8::try_from(length & 0x7f).unwrap() | 0x80);
-            length >>= 7;
-        }
-        bytes.push(u8::try_from(length).unwrap());
-        [bytes, content.to_vec()].concat()
+    fn field(number: u64, content: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        put_bytes(&mut bytes, number, content);
+        bytes
     }
 
     fn tensor(name: &str, data_type: u8, dims: &[u8]) -> Vec<u8> {
