@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::{CompiledCache, Entry, remove_all, write_failed};
+use super::{CompiledCache, Entry};
+use crate::disk::{remove_all, write_failed};
 use crate::error::Result;
 
 const PREFIX: &str = ".copy-";

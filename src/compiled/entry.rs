@@ -9,14 +9,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{USED, write_failed};
+use super::USED;
+use crate::disk::{hex, seconds, sync_dir, write_failed};
 use crate::error::{Error, Result};
 
 /// The number of this layout; entries of another one are not used.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 pub(super) const RECORD: &str = "entry.json";
-/// Larger files are compared by size alone: hashing gigabytes would take longer than loading them.
+/// Larger files are compared by size and time of change, and hashed only when the time differs: hashing gigabytes at
+/// each use would take longer than loading them.
 const HASHED: u64 = 64 << 20;
 const COMPLETE: &str = "complete";
 
@@ -69,7 +71,7 @@ pub struct Record {
     pub files: BTreeMap<String, FileRecord>,
 }
 
-/// Size and hash of one file.
+/// Size, hash and age of one file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileRecord {
@@ -77,6 +79,8 @@ pub struct FileRecord {
     pub bytes: u64,
     /// SHA-256, hexadecimal.
     pub sha256: String,
+    /// When it was changed last, in nanoseconds since 1970; 0 where the file system does not tell.
+    pub modified: u64,
 }
 
 /// The record of the entry in `dir`, if everything in it is as it was built from `key`; else what is wrong.
@@ -116,7 +120,7 @@ fn check(dir: &Path, name: &str, file: &FileRecord) -> Result<(), String> {
         let (found, built) = (meta.len(), file.bytes);
         return Err(format!("{} has {found} bytes, {built} were built", path.display()));
     }
-    if file.bytes > HASHED {
+    if file.bytes > HASHED && file.modified != 0 && modified(&meta) == file.modified {
         return Ok(());
     }
     let (_, sha256) = hash(&path).map_err(|e| format!("{} cannot be read ({e})", path.display()))?;
@@ -140,7 +144,7 @@ pub(super) fn seal(dir: &Path, key: &Key) -> Result<Record> {
         format: FORMAT,
         status: COMPLETE.to_owned(),
         key: key.clone(),
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        created: seconds(SystemTime::now()),
         bytes: files.values().fold(0, |bytes, file: &FileRecord| bytes.saturating_add(file.bytes)),
         files,
     };
@@ -175,15 +179,17 @@ fn collect(dir: &Path, prefix: &str, files: &mut BTreeMap<String, FileRecord>) -
                 .open(&path)
                 .and_then(|file| file.sync_all())
                 .map_err(|e| write_failed(&path, e))?;
-            files.insert(name, FileRecord { bytes, sha256 });
+            let modified = path.metadata().map_or(0, |meta| modified(&meta));
+            files.insert(name, FileRecord { bytes, sha256, modified });
         }
     }
     sync_dir(dir).map_err(failed)
 }
 
-/// Puts the names in a directory on the disk, where systems have that.
-pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
-    if cfg!(unix) { File::open(dir)?.sync_all() } else { Ok(()) }
+/// When a file was changed last, in nanoseconds since 1970; 0 where that is not known.
+pub(crate) fn modified(meta: &fs::Metadata) -> u64 {
+    let since = meta.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since.and_then(|since| u64::try_from(since.as_nanos()).ok()).unwrap_or(0)
 }
 
 /// Size and SHA-256 of a file.
@@ -201,8 +207,4 @@ fn hash(path: &Path) -> io::Result<(u64, String)> {
             }
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }

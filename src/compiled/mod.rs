@@ -27,9 +27,11 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
+use crate::disk::{check_writable, lock_failed, remove_all, sync_dir, write_failed};
 use crate::error::{Error, Result};
 
 pub use copy::PrivateCopy;
+pub(crate) use entry::modified;
 pub use entry::{FORMAT, FileRecord, Key, Record};
 pub use prune::{Listed, Pruned, State};
 
@@ -88,11 +90,9 @@ impl CompiledCache {
     /// # Errors
     /// As [`CompiledCache::open`].
     pub fn check_writable(&self) -> Result<()> {
-        let probe = || {
-            fs::create_dir_all(self.root.join(LOCKS))?;
-            tempfile::NamedTempFile::with_prefix_in(".probe-", &self.root).map(drop)
-        };
-        probe().map_err(|e| write_failed(&self.root, e))
+        let locks = self.root.join(LOCKS);
+        fs::create_dir_all(&locks).map_err(|e| write_failed(&self.root, e))?;
+        check_writable(&self.root)
     }
 
     /// As [`CompiledCache::open`], but nothing is made or written before the first build, which may then fail.
@@ -103,6 +103,12 @@ impl CompiledCache {
     /// The cache in `dir` as it is: entries are found, but none is built or removed.
     pub fn read_only(dir: &Path) -> Self {
         Self { root: dir.to_owned(), limit: u64::MAX, writable: false }
+    }
+
+    /// Another cache in the directory `name` of this one, which neither lists nor prunes it, with a limit of its own.
+    #[must_use]
+    pub fn below(&self, name: &str, limit: u64) -> Self {
+        Self { root: self.root.join(name), limit, writable: self.writable }
     }
 
     /// The cache's directory.
@@ -248,7 +254,7 @@ impl CompiledCache {
             work(&partial).map_err(|e| full_disk(&partial, e))?;
             let record = entry::seal(&partial, key)?;
             fs::rename(&partial, dir).map_err(|e| write_failed(dir, e))?;
-            entry::sync_dir(&self.root).map_err(|e| write_failed(&self.root, e))?;
+            sync_dir(&self.root).map_err(|e| write_failed(&self.root, e))?;
             Ok(record)
         };
         publish().inspect_err(|_| {
@@ -320,35 +326,6 @@ impl CompiledCache {
         }
         remove_all(&partial)
     }
-}
-
-/// Removes a directory or file; one that is not there is fine.
-fn remove_all(path: &Path) -> io::Result<()> {
-    let removed = match path.symlink_metadata() {
-        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(e) => Err(e),
-    };
-    removed.or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) })
-}
-
-fn lock_failed(path: &Path, cause: io::Error) -> Error {
-    let text = format!("it cannot be locked ({cause}); use a cache on a file system that has locks");
-    Error::cache(path, text).because(cause)
-}
-
-/// The sentence for a cache that cannot be written.
-fn write_failed(path: &Path, cause: io::Error) -> Error {
-    let text = match cause.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "the disk is full; free some, lower the cache's limit, or use another directory".to_owned()
-        }
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            "it cannot be written; allow it, or use another directory".to_owned()
-        }
-        _ => format!("it cannot be written ({cause}); use another directory"),
-    };
-    Error::cache(path, text).because(cause)
 }
 
 /// A builder's failure, or the sentence for a full disk when that is what lies below it.

@@ -3,12 +3,13 @@
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use serde::Serialize;
 
 use super::entry::{self, Key, RECORD};
-use super::{CompiledCache, PARTIAL, USED, remove_all, write_failed};
+use super::{CompiledCache, PARTIAL, USED};
+use crate::disk::{remove_all, seconds, write_failed};
 use crate::error::Result;
 
 /// One directory of the cache.
@@ -138,7 +139,7 @@ impl CompiledCache {
             state,
             created: record.as_ref().map_or(0, |record| record.created),
             key: record.map(|record| record.key),
-            last_used: order.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            last_used: seconds(order),
             bytes: size_of(&dir),
             order,
         }))

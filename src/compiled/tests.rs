@@ -120,7 +120,7 @@ fn a_damaged_entry_is_never_used_and_goes_away() {
         ("cannot be read", &|dir| fs::remove_file(dir.join("engine")).unwrap()),
         ("entry.json cannot be read", &|dir| fs::remove_file(dir.join("entry.json")).unwrap()),
         ("is no record", &|dir| fs::write(dir.join("entry.json"), "{").unwrap()),
-        ("another version", &|dir| replace(dir, "\"format\": 1", "\"format\": 2")),
+        ("another version", &|dir| replace(dir, "\"format\": 2", "\"format\": 1")),
         ("something else", &|dir| replace(dir, "1.32.0", "1.31.0")),
         ("outside of its entry", &|dir| replace(dir, "\"engine\"", "\"../engine\"")),
     ];
@@ -342,6 +342,27 @@ fn a_cache_that_is_only_named_is_made_by_the_first_build_and_an_entry_can_be_thr
     fs::write(dir.path().join("file"), "").unwrap();
     let error = CompiledCache::at(&dir.path().join("file/c"), 0).build(&key, &mut || {}, |_| Ok(()));
     assert!(error.unwrap_err().to_string().contains("it cannot be written"));
+}
+
+#[test]
+fn a_large_file_is_hashed_when_it_was_written_since() {
+    let _guard = no_process_starts();
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache(&dir);
+    let key = key("driver");
+    let work = |dir: &Path| {
+        // Too large to be hashed at each use; the disk holds nothing of it.
+        File::create(dir.join("weights")).and_then(|file| file.set_len((64 << 20) + 1)).unwrap();
+        Ok(())
+    };
+    let weights = cache.build(&key, &mut || {}, work).unwrap().dir.join("weights");
+    let file = File::options().write(true).open(&weights).unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_hours(1)).unwrap();
+    drop(found(&cache, &key));
+    let mut file = File::options().write(true).open(&weights).unwrap();
+    std::io::Write::write_all(&mut file, &[7]).unwrap();
+    let Found::Damaged(why) = cache.find(&key).unwrap() else { panic!("it was changed") };
+    assert!(why.contains("its hash is another one"), "{why}");
 }
 
 const CHILD: &str = "LLAVA_PHI_TEST_CACHE";

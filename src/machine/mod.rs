@@ -1,6 +1,7 @@
 //! The machine that this program runs on: processor, memory and its real limit, accelerators.
 
 mod accelerator;
+mod busy;
 mod cgroup;
 mod memory;
 mod processor;
@@ -30,6 +31,7 @@ use sha2::{Digest, Sha256};
 use sysinfo::{RefreshKind, System};
 
 pub use accelerator::{Accelerators, Device, Library, NvidiaGpu};
+pub use busy::{Busy, BusyWatch};
 pub use memory::{Limit, LimitKind, Memory};
 pub use processor::Processor;
 pub use resident::{Resident, ResidentWatch};

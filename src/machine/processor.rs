@@ -25,7 +25,7 @@ pub struct Processor {
 
 impl Processor {
     /// Reads `cpuinfo`, and asks the system where there is none.
-    pub(super) fn probe(roots: &Roots) -> Self {
+    pub fn probe(roots: &Roots) -> Self {
         let info = text(&roots.proc.join("cpuinfo")).unwrap_or_default();
         let mut processor = Self {
             name: value(&info, &["model name", "Hardware", "cpu model"]).unwrap_or_default(),

@@ -32,8 +32,8 @@ pub struct ResidentWatch {
 const INTERVAL: Duration = Duration::from_millis(10);
 
 impl Resident {
-    /// What the kernel says now; `None` where there is no `/proc/self/status` that tells the kinds apart.
-    fn now(roots: &Roots) -> Option<Self> {
+    /// What the kernel says now, with the peak of the whole so far; `None` where there is no `/proc/self/status` that tells the kinds apart.
+    pub fn now(roots: &Roots) -> Option<Self> {
         let status = text(&roots.proc.join("self/status"))?;
         Some(Self {
             peak: kilobytes(&status, "VmHWM")?,
@@ -42,7 +42,9 @@ impl Resident {
         })
     }
 
-    fn or_higher(self, other: Self) -> Self {
+    /// The higher of each kind.
+    #[must_use]
+    pub fn or_higher(self, other: Self) -> Self {
         Self {
             peak: self.peak.max(other.peak),
             anonymous: self.anonymous.max(other.anonymous),
