@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use ort::session::builder::SessionBuilder;
 use sha2::{Digest as _, Sha256};
 
-use crate::compiled::{Entry, PrivateCopy};
+use crate::compiled::{Entry, PrivateCopy, modified};
 use crate::error::Result;
 use crate::package::manifest::GraphSpec;
 
@@ -36,10 +36,17 @@ enum Form {
     Files,
     /// A graph for ONNX Runtime to load in place of the source, with a binary beside it. Loading writes nothing.
     Context,
+    /// As [`Form::Context`], but the graph is an ordinary one with its weights beside it, twice: as they were, and in the
+    /// layout of the kernels, which a session maps instead of making it.
+    Packed,
 }
 
-/// The graph of [`Form::Context`] in its directory.
+/// The graph of [`Form::Context`] and [`Form::Packed`] in its directory.
 const CONTEXT: &str = "graph.onnx";
+/// The weights of [`Form::Packed`] beside it.
+const WEIGHTS: &str = "graph.onnx.data";
+/// Weights of fewer bytes stay inside the graph.
+const SMALLEST: &str = "1024";
 
 impl Provider {
     /// Whether what it compiles can be kept for another session.
@@ -52,13 +59,9 @@ fn form(provider: Provider) -> Option<Form> {
     match provider {
         Provider::TensorRt | Provider::CoreMl => Some(Form::Files),
         Provider::Qnn | Provider::OpenVino | Provider::TensorRtRtx => Some(Form::Context),
+        Provider::Cpu => Some(Form::Packed),
         // NNAPI compiles too, but ONNX Runtime gives it no place to keep anything.
-        Provider::Cpu
-        | Provider::Cuda
-        | Provider::Nnapi
-        | Provider::Xnnpack
-        | Provider::WebGpu
-        | Provider::DirectMl => None,
+        Provider::Cuda | Provider::Nnapi | Provider::Xnnpack | Provider::WebGpu | Provider::DirectMl => None,
     }
 }
 
@@ -69,7 +72,9 @@ pub(super) struct Place {
     pub(super) files: Option<PathBuf>,
     /// Where a graph of [`Form::Context`] is to be written.
     context: Option<PathBuf>,
-    /// The graph of [`Form::Context`] to load instead of the source.
+    /// Where a graph of [`Form::Packed`] is to be written.
+    packed: Option<PathBuf>,
+    /// The graph of [`Form::Context`] or [`Form::Packed`] to load instead of the source.
     pub(super) source: Option<GraphSource>,
     _copy: Option<PrivateCopy>,
     // Last: the entry may be removed as soon as nothing holds it.
@@ -85,20 +90,31 @@ impl Place {
             (None, _) | (_, Compiled::Unkept) => none,
             (Some(Form::Files), Compiled::Write(dir)) => Self { files: Some(dir.clone()), ..none },
             (Some(Form::Context), Compiled::Write(dir)) => Self { context: Some(dir.join(CONTEXT)), ..none },
+            (Some(Form::Packed), Compiled::Write(dir)) => Self { packed: Some(dir.join(CONTEXT)), ..none },
             (Some(Form::Files), Compiled::Read(entry)) => {
                 let copy = entry.copy()?;
                 let files = Some(copy.dir().to_owned());
                 Self { files, _copy: Some(copy), _entry: Some(Arc::clone(entry)), ..none }
             }
-            (Some(Form::Context), Compiled::Read(entry)) => {
+            (Some(Form::Context | Form::Packed), Compiled::Read(entry)) => {
                 let source = Some(GraphSource::File(entry.dir.join(CONTEXT)));
                 Self { source, _entry: Some(Arc::clone(entry)), ..none }
             }
         })
     }
 
-    /// Tells the session to write its context.
+    /// Tells the session to write its context, or its graph with packed weights.
     pub(super) fn apply(&self, builder: SessionBuilder) -> ort::Result<SessionBuilder> {
+        if let Some(path) = &self.packed {
+            return Ok(builder
+                .with_optimized_model_path(path)?
+                .with_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)?
+                .with_config_entry(
+                    "session.optimized_model_external_initializers_min_size_in_bytes",
+                    SMALLEST,
+                )?
+                .with_config_entry("session.save_external_prepacked_constant_initializers", "1")?);
+        }
         // ONNX Runtime takes paths as UTF-8; with another one nothing is kept.
         let Some(path) = self.context.as_deref().and_then(Path::to_str) else { return Ok(builder) };
         Ok(builder
@@ -121,11 +137,18 @@ pub(super) fn compiles_when_run(provider: Provider, spec: &GraphSpec) -> bool {
 }
 
 impl Runtime {
-    /// What compiles for `provider`, for a key: ONNX Runtime's version, and for a plugin its name with a hash over the
-    /// names, sizes and times of the files beside it, among which its compiler lies.
+    /// What compiles for `provider`, for a key: ONNX Runtime's version with a hash over the size and time of its library,
+    /// and for a plugin its name with a hash over the names, sizes and times of the files beside it, among which its
+    /// compiler lies.
     pub fn compiler(&self, provider: Provider) -> String {
         let version = self.version();
-        let Some(plugin) = self.plugin(provider) else { return version.to_owned() };
+        let Some(plugin) = self.plugin(provider) else {
+            let meta = self.library().path.as_ref().and_then(|path| path.metadata().ok());
+            return meta.map_or_else(
+                || version.to_owned(),
+                |meta| format!("{version} {}", short_hash(&(meta.len(), modified(&meta)))),
+            );
+        };
         let mut files: Vec<(String, u64, u64)> = plugin
             .parent()
             .and_then(|dir| dir.read_dir().ok())
@@ -140,11 +163,15 @@ impl Runtime {
             })
             .collect();
         files.sort();
-        let hash = Sha256::digest(format!("{files:?}").as_bytes());
-        let hash = hash.iter().take(8).fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
         let name = plugin.file_name().unwrap_or_default().to_string_lossy();
-        format!("{version} with {name} {hash}")
+        format!("{version} with {name} {}", short_hash(&files))
     }
+}
+
+/// Sixteen hexadecimal digits over what a value prints.
+fn short_hash(value: &impl std::fmt::Debug) -> String {
+    let hash = Sha256::digest(format!("{value:?}").as_bytes());
+    hash.iter().take(8).fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 #[cfg(test)]
@@ -186,6 +213,11 @@ mod tests {
             let written = Place::new(provider, &Compiled::Write("new".into())).unwrap();
             assert_eq!(written.context, Some(Path::new("new").join("graph.onnx")));
         }
+        let place = Place::new(Provider::Cpu, &read).unwrap();
+        assert!(place.files.is_none() && place.packed.is_none() && place.source.is_some());
+        let written = Place::new(Provider::Cpu, &Compiled::Write("new".into())).unwrap();
+        assert_eq!(written.packed, Some(Path::new("new").join("graph.onnx")));
+        assert!(written.context.is_none());
         for &provider in Provider::ALL.iter().filter(|provider| !provider.keeps_compiled()) {
             let place = Place::new(provider, &Compiled::Write("new".into())).unwrap();
             assert!(place.files.is_none() && place.context.is_none() && place.source.is_none());

@@ -7,15 +7,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::builder::SessionBuilder;
 use ort::session::{IoBinding, RunOptions, Session, SessionInputValue, SessionOutputs};
 use ort::value::{Outlet, ValueType};
 
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
 use crate::package::manifest::{DType, Dim, GraphSpec, TensorSpec};
 
 use super::Runtime;
 use super::cache_memory::CacheMemory;
 use super::compiled::{self, Compiled, Place};
+use super::few_bits;
 use super::placement::Profile;
 use super::provider::{Placement, Provider, Step, Target};
 use super::session::{self, refused};
@@ -48,8 +51,13 @@ pub struct SessionOptions {
     pub sizes: BTreeMap<String, [usize; 3]>,
     /// What becomes of what the provider compiles, if it is one that [keeps it](Provider::keeps_compiled).
     pub compiled: Compiled,
+    /// Have all threads bring weights into the kernels' layout while the processor's session is made. Loading takes
+    /// less time, and at its peak the memory of all weights once more.
+    pub parallel_packing: bool,
     /// Read where nodes run; see [`Graph::placement`].
     pub placement: bool,
+    /// What multiplies few-bit weights on the processor; ONNX Runtime's own kernels otherwise.
+    pub kernels: Option<Kernels>,
 }
 
 /// What the loading of a graph ends with when it fails.
@@ -72,6 +80,45 @@ impl From<Error> for OpenError {
     }
 }
 
+/// A graph in which this program's own operator stands for ONNX Runtime's.
+struct OwnProducts {
+    model: Vec<u8>,
+    count: usize,
+    kernels: Kernels,
+    /// Where the weights are, unless in memory.
+    folder: Option<String>,
+}
+
+/// Products in `source` that this program's own kernels would compute; none where it cannot be read.
+pub fn own_products(source: &GraphSource, kernels: Kernels) -> usize {
+    OwnProducts::new(source, kernels).map_or(0, |own| own.count)
+}
+
+impl OwnProducts {
+    /// `None` when the graph has no product for the kernels, or lies where ONNX Runtime could not be told to look for its
+    /// weights; what cannot be read is left for ONNX Runtime to refuse.
+    fn new(source: &GraphSource, kernels: Kernels) -> Option<Self> {
+        let (changed, folder) = match source {
+            GraphSource::File(path) => {
+                let folder = path.parent()?.to_str()?;
+                let folder = if folder.is_empty() { "." } else { folder };
+                (few_bits::replace(&std::fs::read(path).ok()?), Some(folder.to_owned()))
+            }
+            GraphSource::Memory { graph, .. } => (few_bits::replace(graph), None),
+        };
+        let (model, count) = changed?;
+        Some(Self { model, count, kernels, folder })
+    }
+
+    fn commit(self, builder: SessionBuilder) -> ort::Result<Session> {
+        let mut builder = builder.with_operators(few_bits::domain(self.kernels)?)?;
+        if let Some(folder) = &self.folder {
+            builder = builder.with_config_entry(few_bits::WEIGHTS_FOLDER, folder)?;
+        }
+        builder.commit_from_memory(&self.model)
+    }
+}
+
 /// An ONNX graph that is ready to run.
 pub struct Graph {
     name: String,
@@ -82,6 +129,7 @@ pub struct Graph {
     output_memory: MemoryInfo<'static>,
     cache_memory: CacheMemory,
     canceler: Canceler,
+    own_products: usize,
     // After the session, which may still write there when it ends.
     _place: Place,
 }
@@ -109,15 +157,23 @@ impl Graph {
         let source = place.source.as_ref().unwrap_or(source);
         let mut builder =
             session::builder(runtime, name, source, spec, options, &place, profile.prefix().as_deref())?;
-        let (committed, why) = match source {
-            GraphSource::File(path) => (
+        let own = options.kernels.filter(|_| provider == Provider::Cpu);
+        let own = own.and_then(|kernels| OwnProducts::new(source, kernels));
+        let own_products = own.as_ref().map_or(0, |own| own.count);
+        let (committed, why) = match (source, own) {
+            (_, Some(own)) => (
+                own.commit(builder),
+                "ONNX Runtime could not load it with this program's kernels; leave them out with --kernels onnxruntime"
+                    .to_owned(),
+            ),
+            (GraphSource::File(path), None) => (
                 builder.commit_from_file(path),
                 format!(
                     "ONNX Runtime could not load {}; check the package or export it again",
                     path.display()
                 ),
             ),
-            GraphSource::Memory { graph, .. } => (
+            (GraphSource::Memory { graph, .. }, None) => (
                 builder.commit_from_memory(graph),
                 "ONNX Runtime could not load it from memory; build the program with a package that verifies"
                     .to_owned(),
@@ -149,6 +205,7 @@ impl Graph {
             output_memory,
             cache_memory,
             canceler,
+            own_products,
             _place: place,
         })
     }
@@ -215,6 +272,11 @@ impl Graph {
     /// The type of the numbers that `input` takes; `f32` when there is no such input, which running will tell.
     pub fn input_dtype(&self, input: &str) -> DType {
         self.spec.inputs.get(input).map_or(DType::F32, |spec| spec.dtype)
+    }
+
+    /// Products of few-bit weights that this program's own kernels compute.
+    pub fn own_products(&self) -> usize {
+        self.own_products
     }
 
     /// Runs the graph. `inputs` names every input once, in any order.

@@ -5,6 +5,7 @@ mod cache;
 mod cache_memory;
 pub mod compiled;
 pub mod fetch;
+mod few_bits;
 pub mod graph;
 mod identify;
 mod keys;
@@ -14,6 +15,7 @@ mod pins;
 mod placement;
 pub mod plugins;
 pub mod provider;
+mod rows;
 mod session;
 mod settings;
 pub mod status;
@@ -37,6 +39,7 @@ pub use graph::{Canceler, Graph, GraphSource, OpenError, Outputs, SessionOptions
 pub use library::{Library, LibraryOptions, LibraryVariant, Origin};
 pub use plugins::{DeviceInfo, DeviceKind};
 pub use provider::{Placement, Provider, Refusal, Step, Target};
+pub use rows::RowBytes;
 pub use status::ProviderStatus;
 pub use tensor::Tensor;
 

@@ -235,7 +235,7 @@ impl fmt::Display for Step {
 }
 
 /// Where ONNX Runtime ran the nodes of a graph, as its profile of one run tells.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
     /// Nodes that each provider ran. A subgraph that a provider compiled counts as one.
     pub nodes: BTreeMap<String, usize>,

@@ -44,6 +44,9 @@ pub(super) fn builder(
         if told.remove(keys::DISABLE_CPU_FALLBACK).is_some_and(|value| value == "1") {
             builder = builder.with_disable_cpu_fallback()?;
         }
+        if target.provider == Provider::Cpu && options.parallel_packing {
+            builder = builder.with_config_entry("session.prepack.enable_parallel", "1")?;
+        }
         // It decides where tensors are made, not what the session is.
         told.remove(keys::CACHE_ON_HOST);
         if let Some(optimizers) = told.remove(keys::DISABLED_OPTIMIZERS) {

@@ -47,6 +47,12 @@ impl Runtime {
         Provider::ALL.iter().copied().map(status).collect()
     }
 
+    /// Why `provider` cannot be had, where neither this build of ONNX Runtime nor a plugin has it. Nothing is loaded.
+    pub fn lacks(&self, provider: Provider) -> Option<OpenError> {
+        let here = built_in::is_there(provider) || self.plugin(provider).is_some();
+        if here { None } else { session::probe(self, provider).err() }
+    }
+
     /// The providers that are here, built in or by a plugin, and whose compiled graphs can be kept. Whether one works
     /// only a graph tells.
     pub fn compilers(&self) -> Vec<Provider> {

@@ -63,6 +63,14 @@ impl Tensor {
         Self::from_slice(DType::F16, shape, data.as_ref())
     }
 
+    /// A tensor of `i8`; otherwise as [`Tensor::from_f32`].
+    ///
+    /// # Errors
+    /// As [`Tensor::from_f32`].
+    pub fn from_i8(shape: &[usize], data: impl AsRef<[i8]>) -> Result<Self> {
+        Self::from_slice(DType::I8, shape, data.as_ref())
+    }
+
     /// A tensor of `i32`; otherwise as [`Tensor::from_f32`].
     ///
     /// # Errors
@@ -155,6 +163,22 @@ impl Tensor {
     /// The elements, row by row.
     ///
     /// # Errors
+    /// [`Error::Request`] when they are not `i8`.
+    pub fn i8s(&self) -> Result<&[i8]> {
+        self.slice(DType::I8)
+    }
+
+    /// The elements, row by row, to be written.
+    ///
+    /// # Errors
+    /// [`Error::Request`] when they are not `i8`.
+    pub fn i8s_mut(&mut self) -> Result<&mut [i8]> {
+        self.slice_mut(DType::I8)
+    }
+
+    /// The elements, row by row.
+    ///
+    /// # Errors
     /// [`Error::Request`] when they are not `i32`.
     pub fn i32s(&self) -> Result<&[i32]> {
         self.slice(DType::I32)
@@ -219,6 +243,7 @@ impl Tensor {
         match (self.dtype, source.dtype) {
             (DType::F32, DType::F32) => self.copy_rows_of::<f32>(source, rows, start),
             (DType::F16, DType::F16) => self.copy_rows_of::<f16>(source, rows, start),
+            (DType::I8, DType::I8) => self.copy_rows_of::<i8>(source, rows, start),
             _ => Err(Error::Request(format!(
                 "rows of a tensor {} cannot be copied to one {}",
                 source.describe(),
@@ -298,14 +323,14 @@ impl Tensor {
         Ok(tensor)
     }
 
-    fn slice<T: PrimitiveTensorElementType>(&self, wanted: DType) -> Result<&[T]> {
+    pub(super) fn slice<T: PrimitiveTensorElementType>(&self, wanted: DType) -> Result<&[T]> {
         match self.value.try_extract_tensor() {
             Ok((_, data)) => Ok(data),
             Err(e) => Err(wrong_type(wanted, &self.describe(), &e)),
         }
     }
 
-    fn slice_mut<T: PrimitiveTensorElementType>(&mut self, wanted: DType) -> Result<&mut [T]> {
+    pub(super) fn slice_mut<T: PrimitiveTensorElementType>(&mut self, wanted: DType) -> Result<&mut [T]> {
         let what = self.describe();
         match self.value.try_extract_tensor_mut() {
             Ok((_, data)) => Ok(data),
@@ -336,13 +361,16 @@ pub(super) fn element_type(dtype: DType) -> TensorElementType {
     match dtype {
         DType::F32 => TensorElementType::Float32,
         DType::F16 => TensorElementType::Float16,
+        DType::I8 => TensorElementType::Int8,
         DType::I32 => TensorElementType::Int32,
         DType::I64 => TensorElementType::Int64,
     }
 }
 
 fn dtype_of(ty: TensorElementType) -> Option<DType> {
-    [DType::F32, DType::F16, DType::I32, DType::I64].into_iter().find(|&dtype| element_type(dtype) == ty)
+    [DType::F32, DType::F16, DType::I8, DType::I32, DType::I64]
+        .into_iter()
+        .find(|&dtype| element_type(dtype) == ty)
 }
 
 #[cfg(test)]
@@ -365,6 +393,21 @@ mod tests {
         let mut tensor = Tensor::from_f16(&[1], [f16::ONE]).unwrap();
         tensor.f16s_mut().unwrap()[0] = f16::NEG_ONE;
         assert_eq!(tensor.f16s().unwrap(), [f16::NEG_ONE]);
+        let mut tensor = Tensor::from_i8(&[2], [-128, 127]).unwrap();
+        tensor.i8s_mut().unwrap()[1] = -1;
+        assert_eq!((tensor.i8s().unwrap(), tensor.dtype()), (&[-128, -1][..], DType::I8));
+    }
+
+    #[test]
+    fn rows_of_bytes_are_copied_below_those_that_stand() {
+        testing::start();
+        let source = Tensor::from_i8(&[2, 2, 1], [1, 2, 3, 4]).unwrap();
+        let mut target = Tensor::zeros(DType::I8, &[2, 3, 1]).unwrap();
+        target.copy_rows(&source, 2, 1).unwrap();
+        assert_eq!(target.i8s().unwrap(), [0, 1, 2, 0, 3, 4]);
+        let other = Tensor::zeros(DType::F16, &[2, 2, 1]).unwrap();
+        let error = target.copy_rows(&other, 2, 0).unwrap_err().to_string();
+        assert_eq!(error, "rows of a tensor f16[2, 2, 1] cannot be copied to one i8[2, 3, 1]");
     }
 
     #[test]
