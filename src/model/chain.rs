@@ -1,21 +1,28 @@
 //! The candidates for one component, tried in turn until one serves.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
 
 use serde::Serialize;
 
-use super::compiled::{self, CompiledReport};
+use super::compiled::{self, CompiledReport, CompiledState};
 use super::decision;
 use super::goldens::Agreement;
-use super::memory::MemoryGate;
+use super::memory::{MemoryGate, Room, host};
 use super::selection::{Candidate, Candidates};
+use super::stamp::{self, Passed, Stamp};
 use super::{ModelOptions, cancel::Canceler};
+use crate::compiled::Key;
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::machine::{Machine, Roots};
 use crate::package::manifest::{GraphSpec, KvSpec, Tolerance};
 use crate::package::{Component, FileSource, ModelPackage};
+use crate::runtime::graph::own_products;
 use crate::runtime::{
-    Compiled, Graph, GraphSource, OpenError, Placement, Provider, Refusal, SessionOptions, Step, Target,
+    Compiled, Graph, GraphSource, OpenError, Placement, Provider, Refusal, Runtime, SessionOptions, Step,
+    Target,
 };
 
 /// Which variant and provider serve one component, what was tried before, and what proves the choice.
@@ -37,8 +44,34 @@ pub struct ComponentReport {
     pub placement: Option<Placement>,
     /// What the self-check compared.
     pub self_check: Vec<Agreement>,
+    /// The kernels of this program that compute a part of it; `None` when ONNX Runtime's compute all.
+    pub kernels: Option<OwnKernels>,
+    /// The kept result of the self-check, which the next load may use or this one used; `None` when it is not kept.
+    pub stamp: Option<Stamp>,
+    /// Whether all threads brought its weights into the layout of the processor's kernels, which loads faster and for a
+    /// moment takes the memory of the weights once more.
+    pub parallel_packing: bool,
     /// What became of what the provider compiled; `None` when it keeps nothing, or there is no cache for it.
     pub compiled: Option<CompiledReport>,
+}
+
+/// This program's own kernels in a graph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct OwnKernels {
+    /// The instructions that they are made for.
+    pub instructions: String,
+    /// Products of few-bit weights that they compute.
+    pub products: usize,
+}
+
+impl fmt::Display for OwnKernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} products of few-bit weights by this program's own, for {}",
+            self.products, self.instructions
+        )
+    }
 }
 
 /// What opens graphs: the package, and how its user wants them.
@@ -48,6 +81,7 @@ pub(super) struct Loader {
     pub(super) options: ModelOptions,
     pub(super) canceler: Canceler,
     pub(super) memory: MemoryGate,
+    machine: OnceLock<String>,
 }
 
 /// A graph that a provider took, not yet proved.
@@ -56,6 +90,28 @@ pub(super) struct Opened {
     pub(super) kv: Option<KvSpec>,
     pub(super) tolerance: Tolerance,
     pub(super) compiled: Option<CompiledReport>,
+    pub(super) kernels: Option<OwnKernels>,
+    /// What the self-check found at an earlier load, if that stands for it now.
+    pub(super) proved: Option<Vec<Agreement>>,
+    stamping: Stamping,
+}
+
+/// What is known of a session's self-check before it is run.
+#[derive(Clone, Default)]
+struct Stamping {
+    /// Where its stamp is kept.
+    key: Option<Key>,
+    /// The stamp that stands for it.
+    passed: Option<Passed>,
+}
+
+/// Why a graph is opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// It is to be proved.
+    Serve,
+    /// It was proved when it was opened before.
+    Again,
 }
 
 /// What serves a component by running a graph.
@@ -69,6 +125,8 @@ pub(super) struct Chain {
     component: Component,
     waiting: VecDeque<Candidate>,
     refused: Vec<Refusal>,
+    /// Whether this program's own kernels computed what they should not; ONNX Runtime's do so then.
+    distrusted: bool,
     /// What was wrong with the package's own files, which another candidate may not need.
     fault: Option<Error>,
 }
@@ -80,15 +138,32 @@ impl Loader {
             options: options.clone(),
             canceler: Canceler::default(),
             memory: MemoryGate::new(options.memory_limit),
+            machine: OnceLock::new(),
         }
     }
 
-    /// Opens the graph of a candidate. With `placement` its first runs are profiled, until they are asked where they ran.
+    /// [`Machine::fingerprint`] of this machine.
+    pub(super) fn machine(&self) -> &str {
+        self.machine.get_or_init(|| Machine::probe(&Roots::default()).fingerprint())
+    }
+
+    /// The kernels of this program that would compute a part of a candidate's graph.
+    pub(super) fn kernels(&self, component: Component, candidate: &Candidate) -> Option<Kernels> {
+        let kernels = self.options.kernels.filter(|_| candidate.target.provider == Provider::Cpu)?;
+        let (spec, _) = self.package.graph(component, &candidate.variant)?;
+        let source = graph_source(&self.package, spec).ok()?;
+        (own_products(&source, kernels) > 0).then_some(kernels)
+    }
+
+    /// Opens the graph of a candidate. One that is to be proved has its first runs profiled, until they are asked where
+    /// they ran.
     fn open(
         &self,
         component: Component,
         candidate: &Candidate,
-        placement: bool,
+        purpose: Purpose,
+        room: &Room,
+        kernels: Option<Kernels>,
     ) -> Result<Opened, OpenError> {
         let package = &self.package;
         let variant = package.manifest().variants.get(&candidate.variant);
@@ -105,16 +180,66 @@ impl Loader {
             provider_options: self.options.provider_options.get(&provider).cloned().unwrap_or_default(),
             sizes: sizes(package, kv),
             compiled: Compiled::Unkept,
-            placement,
+            kernels,
+            parallel_packing: self.packs_in_parallel(candidate.target, room),
+            placement: purpose == Purpose::Serve,
         };
         let source = graph_source(package, spec)?;
-        let request = compiled::Request { component, source: &source, spec, session };
-        let (graph, compiled) = compiled::open(self, &request).map_err(|error| match error {
-            OpenError::Failed(error) => OpenError::Failed(of_package(package, spec, error)),
-            refused @ OpenError::Refused { .. } => refused,
-        })?;
+        let mut request = compiled::Request { component, source: &source, spec, session };
+        let mut stamping = Stamping::default();
+        if purpose == Purpose::Serve {
+            stamping.key = stamp::key(self, &request, &candidate.variant)?;
+            stamping.passed = stamping.key.as_ref().and_then(|key| stamp::find(self, key));
+            request.session.placement = stamping.passed.is_none();
+        }
+        let open = |request: &compiled::Request<'_>| {
+            compiled::open(self, request).map_err(|error| match error {
+                OpenError::Failed(error) => OpenError::Failed(of_package(package, spec, error)),
+                refused @ OpenError::Refused { .. } => refused,
+            })
+        };
+        let (mut graph, mut compiled) = open(&request)?;
+        if stamping.passed.as_ref().is_some_and(|passed| !passed.is_of(compiled.as_ref())) {
+            // It is to be proved after all, and its runs have to be profiled for that.
+            drop(graph);
+            stamping.passed = None;
+            request.session.placement = true;
+            let again;
+            (graph, again) = open(&request)?;
+            compiled = compiled.filter(|first| first.state == CompiledState::Built).or(again);
+        }
         self.canceler.serve(component, graph.canceler());
-        Ok(Opened { graph, kv, tolerance: variant.tolerance, compiled })
+        let kernels = kernels
+            .map(|kernels| OwnKernels { instructions: kernels.to_string(), products: graph.own_products() });
+        let proved = stamping.passed.as_ref().map(|passed| passed.self_check.clone());
+        Ok(Opened { graph, kv, tolerance: variant.tolerance, compiled, kernels, proved, stamping })
+    }
+
+    /// Whether all threads pack weights at once.
+    fn packs_in_parallel(&self, target: Target, room: &Room) -> bool {
+        target.provider == Provider::Cpu && *room == Room::Ample && !self.options.low_memory
+    }
+
+    /// Whether what the provider makes of the graph of `candidate` would be kept.
+    pub(super) fn keeps(&self, component: Component, candidate: &Candidate) -> bool {
+        let graph = self.package.graph(component, &candidate.variant);
+        let kernels = self.kernels(component, candidate);
+        graph.is_some_and(|(spec, _)| compiled::is_kept(self, candidate.target.provider, spec, kernels))
+    }
+
+    /// Why the provider of a candidate cannot be had at all, as far as that is known without its graph.
+    fn lacks(&self, component: Component, candidate: &Candidate) -> Result<Option<OpenError>> {
+        // What is not whole is refused for that reason, wherever it would run.
+        let graph = self.package.graph(component, &candidate.variant);
+        let whole = graph.is_some_and(|(graph, _)| self.package.check_graph(graph).is_ok());
+        Ok(if whole { Runtime::started()?.lacks(candidate.target.provider) } else { None })
+    }
+
+    /// Removes the stamp of what turned out not to compute what it should.
+    pub(super) fn forget(&self, stamp: Option<&Stamp>) {
+        if let Some(stamp) = stamp {
+            stamp::forget(self, &stamp.entry);
+        }
     }
 
     /// Removes from the cache what does not compute what it should.
@@ -134,15 +259,18 @@ impl Loader {
     /// Opens again what `report` tells of, which was proved before.
     pub(super) fn reopen(&self, report: &ComponentReport) -> Result<Opened> {
         let candidate = Candidate { variant: report.variant.clone(), target: report.provider };
-        self.open(report.component, &candidate, false).map_err(|error| match error {
-            OpenError::Failed(error) => error,
-            OpenError::Refused { step, reason } => Error::Provider {
-                name: report.provider.to_string(),
-                reason: format!(
-                    "it served the {} and no longer does at {step}: {reason}",
-                    report.component.name()
-                ),
-            },
+        let kernels = self.options.kernels.filter(|_| report.kernels.is_some());
+        self.open(report.component, &candidate, Purpose::Again, &Room::Enough, kernels).map_err(|error| {
+            match error {
+                OpenError::Failed(error) => error,
+                OpenError::Refused { step, reason } => Error::Provider {
+                    name: report.provider.to_string(),
+                    reason: format!(
+                        "it served the {} and no longer does at {step}: {reason}",
+                        report.component.name()
+                    ),
+                },
+            }
         })
     }
 }
@@ -157,12 +285,12 @@ impl Chain {
             waiting.retain(|candidate| *candidate != first);
             waiting.insert(0, first);
         }
-        Ok(Self { component, waiting: waiting.into(), refused, fault: None })
+        Ok(Self { component, waiting: waiting.into(), refused, distrusted: false, fault: None })
     }
 
     /// Nothing but `candidate`.
     pub(super) fn of(component: Component, candidate: Candidate) -> Self {
-        Self { component, waiting: [candidate].into(), refused: Vec::new(), fault: None }
+        Self { component, waiting: [candidate].into(), refused: Vec::new(), distrusted: false, fault: None }
     }
 
     /// What was tried so far and does not serve.
@@ -179,12 +307,20 @@ impl Chain {
         loader: &Loader,
         mut check: impl FnMut(Opened) -> Result<(T, Vec<Agreement>)>,
     ) -> Result<(T, ComponentReport)> {
+        let mut packed_anew = false;
         while let Some(candidate) = self.waiting.pop_front() {
-            if let Some(reason) = loader.memory.shortfall(loader, self.component, &candidate)? {
+            // Asked first, since a plan reads graphs.
+            if let Some(OpenError::Refused { step, reason }) = loader.lacks(self.component, &candidate)? {
+                self.refuse(candidate, step, reason);
+                continue;
+            }
+            let kernels = loader.kernels(self.component, &candidate).filter(|_| !self.distrusted);
+            let room = loader.memory.room(loader, self.component, &candidate, kernels)?;
+            if let Room::Short(reason) = room {
                 self.refuse(candidate, Step::Memory, reason);
                 continue;
             }
-            let opened = match loader.open(self.component, &candidate, true) {
+            let opened = match loader.open(self.component, &candidate, Purpose::Serve, &room, kernels) {
                 Ok(opened) => opened,
                 Err(OpenError::Refused { step, reason }) => {
                     self.refuse(candidate, step, reason);
@@ -197,24 +333,44 @@ impl Chain {
                 }
                 Err(OpenError::Failed(error)) => return Err(error),
             };
-            let compiled = opened.compiled.clone();
-            let (mut serving, self_check) = match check(opened) {
-                Ok(checked) => checked,
+            let parallel_packing = loader.packs_in_parallel(candidate.target, &room);
+            let (compiled, kernels) = (opened.compiled.clone(), opened.kernels.clone());
+            let stamping = opened.stamping.clone();
+            let checked = match check(opened) {
                 Err(Error::Cancelled) => return Err(Error::Cancelled),
-                Err(error) => {
+                Err(error) => Err(with_causes(&error)),
+                Ok((serving, self_check)) => match self_check.iter().find(|agreement| !agreement.passes()) {
+                    // The session goes first, since it holds what it was compiled into.
+                    Some(failed) => {
+                        drop(serving);
+                        Err(failed.to_string())
+                    }
+                    None => Ok((serving, self_check)),
+                },
+            };
+            let (mut serving, self_check) = match checked {
+                Ok(checked) => checked,
+                Err(reason) => {
                     loader.discard(compiled.as_ref());
-                    self.refuse(candidate, Step::SelfCheck, with_causes(&error));
+                    if let Some(key) = &stamping.key {
+                        stamp::forget(loader, &key.digest());
+                    }
+                    let kept =
+                        compiled.is_some_and(|report| report.packed && report.state == CompiledState::Reused);
+                    if kept && !std::mem::replace(&mut packed_anew, true) {
+                        // Kept weights were at fault or were not; packed anew they tell.
+                        tracing::warn!(component = self.component.name(), "packed anew: {reason}");
+                        self.waiting.push_front(candidate);
+                        continue;
+                    }
+                    self.refuse_with(candidate, Step::SelfCheck, reason, kernels.as_ref());
                     continue;
                 }
             };
-            if let Some(failed) = self_check.iter().find(|agreement| !agreement.passes()) {
-                // The session goes first, since it holds what it was compiled into.
-                drop(serving);
-                loader.discard(compiled.as_ref());
-                self.refuse(candidate, Step::SelfCheck, failed.to_string());
-                continue;
-            }
-            let placement = serving.graph().placement()?;
+            let placement = match &stamping.passed {
+                Some(passed) => passed.placement.clone(),
+                None => serving.graph().placement()?,
+            };
             let most = loader.options.max_partitions;
             if let Some(reason) =
                 placement.as_ref().and_then(|placement| misplaced(placement, candidate.target, most))
@@ -222,7 +378,18 @@ impl Chain {
                 self.refuse(candidate, Step::Placement, reason);
                 continue;
             }
-            loader.memory.takes(self.component, &candidate);
+            loader.memory.takes(
+                self.component,
+                host(candidate.target.provider, kernels.is_some()),
+                &candidate,
+            );
+            let stamp = match stamping {
+                Stamping { passed: Some(passed), .. } => Some(passed.stamp),
+                Stamping { key: Some(key), .. } if !self_check.is_empty() => {
+                    stamp::keep(loader, &key, &self_check, placement.as_ref(), compiled.as_ref())
+                }
+                Stamping { .. } => None,
+            };
             let tuned =
                 decision::behind(&loader.options, self.component, &loader.package, &candidate).is_some();
             let date = loader.options.decision.as_ref().map(|decision| decision.date.clone());
@@ -235,6 +402,9 @@ impl Chain {
                 refused: self.refused.clone(),
                 placement,
                 self_check,
+                kernels,
+                stamp,
+                parallel_packing,
                 compiled,
             };
             return Ok((serving, report));
@@ -257,7 +427,7 @@ impl Chain {
     /// Takes what `report` tells of out of service, so that [`Chain::serve`] goes on with the next candidate.
     pub(super) fn demote(&mut self, report: &ComponentReport, reason: &str) -> Refusal {
         let candidate = Candidate { variant: report.variant.clone(), target: report.provider };
-        self.refuse(candidate, Step::Serving, reason.to_owned())
+        self.refuse_with(candidate, Step::Serving, reason.to_owned(), report.kernels.as_ref())
     }
 
     /// Whether there is nothing left to try.
@@ -269,6 +439,22 @@ impl Chain {
     fn files_are_at_fault(&self) -> bool {
         let mut refused = self.refused.iter().filter(|refusal| refusal.provider.provider == Provider::Cpu);
         refused.all(|refusal| refusal.step == Step::Package)
+    }
+
+    /// Refuses a candidate for what it computed. It is tried once more without this program's own kernels, if it had some.
+    fn refuse_with(
+        &mut self,
+        candidate: Candidate,
+        step: Step,
+        reason: String,
+        kernels: Option<&OwnKernels>,
+    ) -> Refusal {
+        let Some(OwnKernels { instructions, .. }) = kernels else {
+            return self.refuse(candidate, step, reason);
+        };
+        self.distrusted = true;
+        self.waiting.push_front(candidate.clone());
+        self.refuse(candidate, step, format!("with the kernels {instructions}: {reason}"))
     }
 
     fn refuse(&mut self, candidate: Candidate, step: Step, reason: String) -> Refusal {

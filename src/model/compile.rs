@@ -10,6 +10,7 @@ use super::embed::TokenEmbedder;
 use super::goldens::{Agreement, Goldens};
 use super::rotary::RotaryTable;
 use super::selection::{Candidate, Candidates, Preference, ProviderSelection};
+use super::stamp::SelfCheck;
 use super::{ComponentReport, ModelOptions, check_decoder, check_projector, check_vision, register};
 use crate::compiled::CompiledCache;
 use crate::error::{Error, Result};
@@ -32,7 +33,8 @@ pub struct CompileReport {
 }
 
 /// Compiles, through the cache of `options`, every candidate of every component on the providers that
-/// `options.providers` names, or on all that are here and keep what they compile. Each is proved by its self-check and
+/// `options.providers` names, or on all that are here and keep what they compile; on the processor the best candidate
+/// alone, whose weights are packed. Each is proved by its self-check and
 /// then put out of memory; `done` hears of each at once.
 ///
 /// # Errors
@@ -45,40 +47,57 @@ pub fn compile(
 ) -> Result<Vec<CompileReport>> {
     register(options)?;
     let targets = targets(&options.providers)?;
+    let always = ModelOptions { self_check: SelfCheck::Always, ..options.clone() };
+    let loader = Loader::new(package, &always);
+    let mut waiting = Vec::new();
+    for (component, targets) in targets {
+        // A head is proved with its decoder, where it is opened too.
+        if component != Component::Head {
+            let preference = Preference { targets, only: true };
+            let candidates = Candidates::new(package, component, &options.variants, &preference)?;
+            waiting.extend(worth_it(candidates.waiting).map(|candidate| (component, candidate)));
+        }
+    }
+    let kept = |(component, candidate): &(Component, Candidate)| loader.keeps(*component, candidate);
+    if !waiting.iter().any(kept) {
+        let asked: Vec<String> = targets_of(&options.providers).iter().map(ToString::to_string).collect();
+        let reason = if waiting.is_empty() {
+            "the package has nothing for it to compile; export a variant for it, or name one with --variant"
+        } else {
+            "what it makes of this package is not worth keeping; --packed-weights kept keeps what lies on disk"
+        };
+        return Err(Error::Provider {
+            name: asked.first().cloned().unwrap_or_else(|| "none".to_owned()),
+            reason: reason.to_owned(),
+        });
+    }
     // Told before minutes are spent on what could not be kept.
     options.compiled.as_deref().map_or(Ok(()), CompiledCache::check_writable)?;
-    let loader = Loader::new(package, options);
     let goldens = Goldens::open(package)?;
     let embedder = TokenEmbedder::open(package)?;
     let rotary = RotaryTable::open(package)?.map(std::sync::Arc::new);
     let mut reports = Vec::new();
-    for (component, targets) in targets {
-        let preference = Preference { targets, only: true };
-        let candidates = Candidates::new(package, component, &options.variants, &preference)?;
-        for candidate in candidates.waiting {
-            let report = match component {
-                Component::VisionEncoder => one(&loader, component, candidate, |o| check_vision(o, &goldens)),
-                Component::Projector => one(&loader, component, candidate, |o| check_projector(o, &goldens)),
-                Component::Decoder => one(&loader, component, candidate, |opened| {
-                    let mut head = None;
-                    check_decoder(opened, &loader, &goldens, &embedder, rotary.as_ref(), &mut head)
-                }),
-                // It is proved with its decoder, where it is opened too.
-                Component::Head => continue,
-            }?;
-            done(&report);
-            reports.push(report);
-        }
-    }
-    if reports.is_empty() {
-        let asked: Vec<String> = targets_of(&options.providers).iter().map(ToString::to_string).collect();
-        return Err(Error::Provider {
-            name: asked.first().cloned().unwrap_or_else(|| "none".to_owned()),
-            reason: "the package has nothing for it to compile; export a variant for it, or name one with --variant"
-                .to_owned(),
-        });
+    for (component, candidate) in waiting {
+        let report = match component {
+            Component::VisionEncoder => one(&loader, component, candidate, |o| check_vision(o, &goldens)),
+            Component::Projector => one(&loader, component, candidate, |o| check_projector(o, &goldens)),
+            Component::Decoder | Component::Head => one(&loader, component, candidate, |opened| {
+                let mut head = None;
+                check_decoder(opened, &loader, &goldens, &embedder, rotary.as_ref(), &mut head)
+            }),
+        }?;
+        done(&report);
+        reports.push(report);
     }
     Ok(reports)
+}
+
+/// All candidates but those of the processor after its best: it serves every variant, and each takes gigabytes.
+fn worth_it(candidates: Vec<Candidate>) -> impl Iterator<Item = Candidate> {
+    let mut first = true;
+    candidates.into_iter().filter(move |candidate| {
+        candidate.target.provider != Provider::Cpu || std::mem::replace(&mut first, false)
+    })
 }
 
 /// The providers to compile for, by component.
@@ -133,7 +152,7 @@ fn one<T: Serving>(
         compiled,
         refused,
     };
-    if !target.provider.keeps_compiled() {
+    if !target.provider.keeps_compiled() || !loader.keeps(component, &candidate) {
         return Ok(report(None, None));
     }
     let mut chain = Chain::of(component, candidate);

@@ -24,6 +24,17 @@ impl ConcatKv {
         let caches = names.past.iter().map(|_| Tensor::zeros(dtype, &shape)).collect::<Result<_>>()?;
         Ok(Self { names, caches, kv_heads: spec.kv_heads, head_dim: spec.head_dim, dtype })
     }
+
+    /// Copies the first `used` positions to tensors of `total`.
+    fn resize(&mut self, used: usize, total: usize) -> Result<()> {
+        let shape = [1, self.kv_heads, total, self.head_dim];
+        for cache in &mut self.caches {
+            let mut kept = Tensor::zeros(self.dtype, &shape)?;
+            kept.copy_rows(cache, used, 0)?;
+            *cache = kept;
+        }
+        Ok(())
+    }
 }
 
 impl KvStore for ConcatKv {
@@ -31,11 +42,17 @@ impl KvStore for ConcatKv {
         Ok(())
     }
 
-    fn step(&mut self, graph: &mut Graph, embeds: &ArrayView2<'_, f32>, past: usize) -> Result<Outputs> {
+    fn step(
+        &mut self,
+        graph: &mut Graph,
+        embeds: &ArrayView2<'_, f32>,
+        past: usize,
+        wanted: usize,
+    ) -> Result<Outputs> {
         let new = embeds.nrows();
         let position_ids = position_ids(past, new)?;
         let mask = mask(graph, new, past + new, |row, column| column <= past + row)?;
-        let index = last_index(new)?;
+        let index = last_index(new, wanted)?;
         let embeds = batch_of_one(graph, embeds)?;
         let mut inputs = vec![
             ("inputs_embeds", &embeds),
@@ -50,12 +67,14 @@ impl KvStore for ConcatKv {
     }
 
     fn truncate(&mut self, used: usize) -> Result<()> {
-        let shape = [1, self.kv_heads, used, self.head_dim];
-        for cache in &mut self.caches {
-            let mut kept = Tensor::zeros(self.dtype, &shape)?;
-            kept.copy_rows(cache, used, 0)?;
-            *cache = kept;
-        }
-        Ok(())
+        self.resize(used, used)
+    }
+    fn tensors(&self) -> Result<&[Tensor], &'static str> {
+        Ok(&self.caches)
+    }
+
+    fn open_rows(&mut self, used: usize, total: usize) -> Result<&mut [Tensor]> {
+        self.resize(used, total)?;
+        Ok(&mut self.caches)
     }
 }

@@ -6,10 +6,10 @@ use ndarray::{ArrayView2, Axis};
 
 use super::chain::Serving;
 use super::head::Head;
-use super::kv_cache::{KvCache, PositionKey};
+use super::kv_cache::{KvCache, PositionKey, RowLayout};
 use super::rotary::RotaryTable;
 use crate::error::{Error, Result};
-use crate::package::manifest::{DecoderSpec, HIDDEN_STATES, KvSpec};
+use crate::package::manifest::{DecoderSpec, Dim, HIDDEN_STATES, KvSpec};
 use crate::runtime::{Graph, Outputs};
 
 /// The logits of one position: `[logits_width]` f32.
@@ -32,6 +32,9 @@ impl Logits {
         &mut self.0
     }
 }
+
+/// The dimension of `logits_index` in graphs that give the logits of as many positions as are asked for.
+const ROWS: &str = "rows";
 
 /// The Phi decoder with its cache.
 #[derive(Debug)]
@@ -66,6 +69,11 @@ impl Decoder {
         KvCache::new(&self.spec, self.kv, self.rotary.clone(), self.graph.cache_memory())
     }
 
+    /// What a position of a cache is made of.
+    pub fn layout(&self) -> RowLayout {
+        RowLayout::new(&self.spec, self.kv)
+    }
+
     /// What makes logits of hidden states, if something has to.
     pub(super) fn head(&mut self) -> Option<&mut Head> {
         self.head.as_mut()
@@ -97,29 +105,82 @@ impl Decoder {
         let mut last = None;
         let runs = embeds.axis_chunks_iter(Axis(0), self.run).zip(keys.chunks(self.run));
         for (rows, keys) in runs {
-            last = Some((cache.step(&mut self.graph, &rows, keys)?, keys.len()));
+            last = Some((cache.step(&mut self.graph, &rows, keys, 1)?, keys.len()));
         }
-        let (outputs, rows) =
-            last.ok_or_else(|| Error::Request("there is nothing to read; ask something".to_owned()))?;
-        let logits = self.logits(outputs, rows)?;
-        if let Some(place) = logits.0.iter().position(|value| !value.is_finite()) {
-            let reason = format!("its logits are not finite numbers ({} at token {place})", logits.0[place]);
-            return Err(Error::Unsound { graph: self.graph.name().to_owned(), reason });
-        }
-        Ok(logits)
+        let (outputs, rows) = last.ok_or_else(nothing)?;
+        self.logits(outputs, rows, 1)?.pop().ok_or_else(nothing)
     }
 
-    /// The logits of the last of `rows` positions of a run.
-    fn logits(&mut self, mut outputs: Outputs, rows: usize) -> Result<Logits> {
-        match &mut self.head {
-            None => Ok(Logits(outputs.take("logits")?.reals()?.into_owned())),
+    /// The most positions that [`Decoder::forward_all`] reads; `None` where the graph gives the logits of one position a
+    /// run.
+    pub fn most_at_once(&self) -> Option<usize> {
+        // Of hidden states the head makes logits, a row at a time.
+        let index = self.graph.spec().inputs.get("logits_index");
+        let of_several =
+            index.is_some_and(|index| matches!(&index.shape[..], [Dim::Named(dim)] if dim == ROWS));
+        (self.head.is_some() || of_several).then_some(self.run)
+    }
+
+    /// As [`Decoder::forward`], in one run, with the logits of every row.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`], and [`Error::Request`] for more rows than [`Decoder::most_at_once`].
+    pub fn forward_all(
+        &mut self,
+        embeds: &ArrayView2<'_, f32>,
+        keys: &[PositionKey],
+        cache: &mut KvCache,
+    ) -> Result<Vec<Logits>> {
+        let needed = cache.len() + keys.len();
+        if needed > self.capacity() {
+            return Err(Error::TooLong { needed, capacity: self.capacity() });
+        }
+        let most = self.most_at_once().unwrap_or(1);
+        if keys.is_empty() || keys.len() > most {
+            let count = keys.len();
+            return Err(Error::Request(format!(
+                "{count} positions cannot be read in one run; give 1 to {most}"
+            )));
+        }
+        cache.reserve(needed)?;
+        let outputs = cache.step(&mut self.graph, embeds, keys, keys.len())?;
+        self.logits(outputs, keys.len(), keys.len())
+    }
+
+    /// The logits of the last `wanted` of `rows` positions of a run.
+    fn logits(&mut self, mut outputs: Outputs, rows: usize, wanted: usize) -> Result<Vec<Logits>> {
+        let all: Vec<Logits> = match &mut self.head {
+            None => {
+                let logits = outputs.take("logits")?;
+                let logits = logits.reals()?;
+                logits.chunks_exact(self.spec.logits_width).map(|row| Logits(row.to_vec())).collect()
+            }
             Some(head) => {
                 let hidden = outputs.take(HIDDEN_STATES)?;
-                let last = rows.saturating_sub(1) * self.spec.hidden;
-                head.logits(&hidden.reals()?[last..last + self.spec.hidden]).map(Logits)
+                let hidden = hidden.reals()?;
+                let states = hidden.chunks_exact(self.spec.hidden).take(rows);
+                states.skip(rows - wanted).map(|row| head.logits(row).map(Logits)).collect::<Result<_>>()?
             }
+        };
+        if all.len() != wanted {
+            let found = all.len();
+            return Err(Error::graph(
+                self.graph.name(),
+                format!("it gave {found} rows of logits for {wanted}"),
+            ));
         }
+        let broken =
+            all.iter().flat_map(|logits| logits.0.iter().enumerate()).find(|(_, value)| !value.is_finite());
+        if let Some((place, value)) = broken {
+            let reason = format!("its logits are not finite numbers ({value} at token {place})");
+            return Err(Error::Unsound { graph: self.graph.name().to_owned(), reason });
+        }
+        Ok(all)
     }
+}
+
+fn nothing() -> Error {
+    Error::Request("there is nothing to read; ask something".to_owned())
 }
 
 impl Serving for Decoder {

@@ -42,7 +42,13 @@ impl KvStore for DeltaKv {
         Ok(())
     }
 
-    fn step(&mut self, graph: &mut Graph, embeds: &ArrayView2<'_, f32>, past: usize) -> Result<Outputs> {
+    fn step(
+        &mut self,
+        graph: &mut Graph,
+        embeds: &ArrayView2<'_, f32>,
+        past: usize,
+        wanted: usize,
+    ) -> Result<Outputs> {
         let (new, chunk, capacity) = (embeds.nrows(), self.chunk, self.capacity);
         let mut padded = Array2::zeros((chunk, embeds.ncols()));
         padded.slice_mut(s![..new, ..]).assign(embeds);
@@ -55,7 +61,7 @@ impl KvStore for DeltaKv {
         let mask = mask(graph, chunk, capacity + chunk, |row, column| {
             column < past || (capacity..=capacity + row).contains(&column)
         })?;
-        let index = last_index(new)?;
+        let index = last_index(new, wanted)?;
         let mut inputs = vec![
             ("inputs_embeds", &embeds),
             ("rope_cos", &cosines),
@@ -76,5 +82,12 @@ impl KvStore for DeltaKv {
     fn truncate(&mut self, _used: usize) -> Result<()> {
         // The mask hides what lies behind the used length.
         Ok(())
+    }
+    fn tensors(&self) -> Result<&[Tensor], &'static str> {
+        Ok(&self.caches)
+    }
+
+    fn open_rows(&mut self, _used: usize, _total: usize) -> Result<&mut [Tensor]> {
+        Ok(&mut self.caches)
     }
 }

@@ -8,8 +8,6 @@
 //!
 //! Follows `prepare_inputs_labels_for_multimodal` in zhuyiche/llava-phi, `llava_phi/model/llava_arch.py`.
 
-#![allow(unsafe_code)] // Mapping a file is unsafe because another process may change it; see `TokenEmbedder::open`.
-
 use std::{fs::File, ops::Range, path::PathBuf};
 
 use half::f16;
@@ -17,6 +15,7 @@ use memmap2::Mmap;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 use super::projector::ImageEmbeds;
+use crate::disk::map;
 use crate::error::{Error, Result};
 use crate::package::manifest::{DType, EmbeddingSpec};
 use crate::package::{FileSource, ModelPackage};
@@ -51,10 +50,7 @@ impl TokenEmbedder {
                     Error::package(&path, "the embedding table cannot be mapped").because(e)
                 };
                 let file = File::open(file).map_err(unreadable)?;
-                // SAFETY: the map is read only, and every read goes through a bounds check against its length, so a
-                // file that another process rewrites can give wrong numbers but not break memory safety. A file that is
-                // cut while it is mapped ends the process, as for every program that maps its weights.
-                Table::Mapped(unsafe { Mmap::map(&file) }.map_err(unreadable)?)
+                Table::Mapped(map(&file).map_err(unreadable)?)
             }
         };
         let embedder = Self { table, spec, path };

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::package::ModelPackage;
-use crate::package::manifest::Manifest;
+use crate::package::manifest::{CLS_ATTENTION, GraphSpec, Manifest};
 use crate::text::TokenId;
 
 /// The goldens of a package; [`crate::package::manifest::GoldenSpec`] says what they are.
@@ -18,6 +18,8 @@ pub struct Goldens {
     pub(super) pixel_values: Array4<f32>,
     /// `[1, tokens_per_image, vision.hidden]`.
     pub(super) patch_features: Array3<f32>,
+    /// `[1, tokens_per_image]`, where an encoder gives it.
+    pub(super) cls_attention: Option<Array2<f32>>,
     /// `[1, tokens_per_image, hidden]`.
     pub(super) image_embeds: Array3<f32>,
     pub(super) tokens_before: Vec<TokenId>,
@@ -40,7 +42,21 @@ pub struct Agreement {
     pub tolerance: f64,
 }
 
+/// What the vision encoder is compared by.
+pub(super) const PATCH_FEATURES: &str = "patch features";
+/// What the vision encoder is compared by, too, where it gives them.
+pub(super) const ATTENTION_WEIGHTS: &str = "weights of attention";
+/// What the projector is compared by.
+pub(super) const IMAGE_EMBEDDINGS: &str = "image embeddings";
+/// What the decoder is compared by.
+pub(super) const LOGITS: &str = "logits";
+
 impl Agreement {
+    /// The name of what is compared, if `what` is one.
+    pub(super) fn known(what: &str) -> Option<&'static str> {
+        [PATCH_FEATURES, ATTENTION_WEIGHTS, IMAGE_EMBEDDINGS, LOGITS].into_iter().find(|known| *known == what)
+    }
+
     /// Whether the result is near enough.
     pub fn passes(&self) -> bool {
         self.distance <= self.tolerance
@@ -111,6 +127,15 @@ impl Goldens {
                 (1, patches, manifest.vision.hidden),
             )
             .ok_or_else(|| fault("the golden patch_features have another shape".to_owned()))?,
+            cls_attention: manifest
+                .variants
+                .values()
+                .any(|variant| variant.vision_encoder.as_ref().is_some_and(GraphSpec::gives_attention))
+                .then(|| {
+                    array::<Ix2>(&tensor(CLS_ATTENTION, Dtype::F32)?, (1, patches))
+                        .ok_or_else(|| fault(format!("the golden {CLS_ATTENTION} has another shape")))
+                })
+                .transpose()?,
             image_embeds: array::<Ix3>(
                 &tensor("image_embeds", Dtype::F32)?,
                 (1, patches, manifest.decoder.hidden),

@@ -1,8 +1,10 @@
 //! What the decoder has already read.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use ndarray::{ArrayView2, Axis};
+use serde::{Deserialize, Serialize};
 
 use super::concat_kv::ConcatKv;
 use super::delta_kv::DeltaKv;
@@ -11,17 +13,17 @@ use super::scatter_kv::ScatterKv;
 use super::shared_kv::SharedKv;
 use crate::error::{Error, Result};
 use crate::package::manifest::{DType, DecoderSpec, KvForm, KvSpec};
-use crate::runtime::{CacheMemory, Graph, Outputs, Tensor};
+use crate::runtime::{CacheMemory, Graph, Outputs, RowBytes, Tensor};
 use crate::text::TokenId;
 
 /// What stands at one position of a context. Equal keys in equal places mean equal cache rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PositionKey {
     /// A token.
     Token(TokenId),
     /// One row of an image.
     Image {
-        /// SHA-256 of the image's pixel values.
+        /// SHA-256 of the image's pixel values, and of how rows were chosen where not all were.
         hash: [u8; 32],
         /// The row.
         row: usize,
@@ -32,7 +34,49 @@ pub enum PositionKey {
 #[derive(Debug)]
 pub struct KvCache {
     positions: Vec<PositionKey>,
+    layout: RowLayout,
     store: Box<dyn KvStore>,
+}
+
+/// What one position of a cache is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RowLayout {
+    /// Tensors: the keys and the values of each layer.
+    pub tensors: usize,
+    /// Rows of one position in one tensor.
+    pub heads: usize,
+    /// Numbers in such a row.
+    pub columns: usize,
+    /// Type of the numbers.
+    pub dtype: DType,
+}
+
+impl RowLayout {
+    pub(super) fn new(spec: &DecoderSpec, kv: KvSpec) -> Self {
+        let DecoderSpec { layers, kv_heads, head_dim, .. } = *spec;
+        Self { tensors: 2 * layers, heads: kv_heads, columns: head_dim, dtype: kv.dtype }
+    }
+
+    /// Bytes of one position in one tensor.
+    pub(super) fn row_bytes(self) -> usize {
+        self.heads * self.columns * self.dtype.bytes()
+    }
+
+    /// Bytes of one position in all tensors.
+    pub fn position_bytes(self) -> usize {
+        self.tensors * self.row_bytes()
+    }
+}
+
+/// Positions that were copied out of a cache: for each tensor and head, their rows.
+#[derive(Clone, Debug)]
+pub(super) struct Piece<'a> {
+    /// The rows of `height` positions.
+    pub(super) bytes: &'a [u8],
+    pub(super) height: usize,
+    /// Those that are wanted.
+    pub(super) wanted: Range<usize>,
 }
 
 /// One way to hand past keys and values to a decoder graph and to take the present ones back.
@@ -41,12 +85,28 @@ pub(super) trait KvStore: std::fmt::Debug + Send {
     fn reserve(&mut self, positions: usize, used: usize) -> Result<()>;
 
     /// Runs `graph` over `embeds`, `[new, hidden]`, after `past` positions. What it gives of the new positions, but
-    /// for keys and values, is returned.
-    fn step(&mut self, graph: &mut Graph, embeds: &ArrayView2<'_, f32>, past: usize) -> Result<Outputs>;
+    /// for keys and values, is returned; logits of the last `wanted` positions.
+    fn step(
+        &mut self,
+        graph: &mut Graph,
+        embeds: &ArrayView2<'_, f32>,
+        past: usize,
+        wanted: usize,
+    ) -> Result<Outputs>;
 
     /// Forgets all but the first `used` positions.
     fn truncate(&mut self, used: usize) -> Result<()>;
+
+    /// The tensors that hold the rows, or why the host cannot read them. There may be none before the first room is
+    /// made.
+    fn tensors(&self) -> Result<&[Tensor], &'static str>;
+
+    /// The tensors with room for `total` positions, of which the first `used` stay; the others are to be written.
+    fn open_rows(&mut self, used: usize, total: usize) -> Result<&mut [Tensor]>;
 }
+
+/// Why rows of a cache in a provider's own memory are not copied.
+pub(super) const ON_DEVICE: &str = "the decoder's cache lies in the provider's own memory";
 
 impl KvCache {
     pub(super) fn new(
@@ -55,13 +115,14 @@ impl KvCache {
         rotary: Option<Arc<RotaryTable>>,
         memory: &CacheMemory,
     ) -> Result<Self> {
+        let layout = RowLayout::new(spec, kv);
         let store: Box<dyn KvStore> = match kv.form {
             KvForm::Shared => Box::new(SharedKv::new(spec, kv.dtype, memory.clone())),
             KvForm::Scatter => Box::new(ScatterKv::new(spec, kv, memory)?),
             KvForm::Delta => Box::new(DeltaKv::new(spec, kv, rotary)?),
             KvForm::Concat => Box::new(ConcatKv::new(spec, kv.dtype)?),
         };
-        Ok(Self { positions: Vec::new(), store })
+        Ok(Self { positions: Vec::new(), layout, store })
     }
 
     /// Positions read so far.
@@ -79,6 +140,58 @@ impl KvCache {
         self.positions.iter().zip(keys).take_while(|(held, wanted)| held == wanted).count()
     }
 
+    /// What stands at each position.
+    pub fn positions(&self) -> &[PositionKey] {
+        &self.positions
+    }
+
+    /// What a position is made of.
+    pub fn layout(&self) -> RowLayout {
+        self.layout
+    }
+
+    /// Why rows can be neither copied out nor in, if they cannot.
+    pub(super) fn is_closed(&self) -> Option<&'static str> {
+        self.store.tensors().err()
+    }
+
+    /// A copy of the positions `range`, for [`KvCache::import`].
+    pub(super) fn export(&self, range: &Range<usize>) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(range.len().saturating_mul(self.layout.position_bytes())).map_err(|e| {
+            Error::Request(format!("no memory to copy {} positions ({e}); close other programs", range.len()))
+        })?;
+        for tensor in self.store.tensors().map_err(|why| Error::graph("decoder", why))? {
+            tensor.read_rows(range, &mut bytes)?;
+        }
+        Ok(bytes)
+    }
+
+    /// Adds positions that were read before, of which `keys` say what each is, from `pieces` that hold so many. After
+    /// an error the cache must be dropped.
+    pub(super) fn import(&mut self, keys: &[PositionKey], pieces: &[Piece<'_>]) -> Result<()> {
+        let (used, layout) = (self.positions.len(), self.layout);
+        let total = used + keys.len();
+        let foreign = || Error::graph("decoder", "what was read before does not fit its cache");
+        let tensors = self.store.open_rows(used, total)?;
+        if tensors.len() != layout.tensors
+            || pieces.iter().map(|p| p.wanted.len()).sum::<usize>() != keys.len()
+        {
+            return Err(foreign());
+        }
+        for (index, tensor) in tensors.iter_mut().enumerate() {
+            let mut at = used;
+            for Piece { bytes, height, wanted } in pieces {
+                let size = height * layout.row_bytes();
+                let bytes = bytes.get(index * size..(index + 1) * size).ok_or_else(foreign)?;
+                tensor.write_rows(at, RowBytes { bytes, height: *height }, wanted)?;
+                at += wanted.len();
+            }
+        }
+        self.positions.extend_from_slice(keys);
+        Ok(())
+    }
+
     /// Forgets all but the first `positions`.
     pub(super) fn truncate(&mut self, positions: usize) -> Result<()> {
         self.positions.truncate(positions);
@@ -91,14 +204,15 @@ impl KvCache {
     }
 
     /// Reads `keys`, whose embeddings are `[keys.len(), hidden]`, in one run of `graph`, and gives what it says of
-    /// them. After an error the new positions are forgotten.
+    /// them, the logits of the last `wanted` among it. After an error the new positions are forgotten.
     pub(super) fn step(
         &mut self,
         graph: &mut Graph,
         embeds: &ArrayView2<'_, f32>,
         keys: &[PositionKey],
+        wanted: usize,
     ) -> Result<Outputs> {
-        let outputs = self.store.step(graph, embeds, self.positions.len())?;
+        let outputs = self.store.step(graph, embeds, self.positions.len(), wanted)?;
         self.positions.extend_from_slice(keys);
         Ok(outputs)
     }
@@ -140,9 +254,10 @@ pub(super) fn batch_of_one(graph: &Graph, embeds: &ArrayView2<'_, f32>) -> Resul
     Tensor::from_array(graph.input_dtype("inputs_embeds"), &embeds.insert_axis(Axis(0)))
 }
 
-/// `[1]`: which of `new` positions gives the logits, the last one.
-pub(super) fn last_index(new: usize) -> Result<Tensor> {
-    Tensor::from_i64(&[1], [integer(new)? - 1])
+/// `[wanted]`: which of `new` positions give logits, the last ones.
+pub(super) fn last_index(new: usize, wanted: usize) -> Result<Tensor> {
+    let index = (new.saturating_sub(wanted)..new).map(integer).collect::<Result<Vec<i64>>>()?;
+    Tensor::from_i64(&[wanted], index)
 }
 
 /// `[1, new]`: the positions after `past`.

@@ -13,6 +13,7 @@ use super::goldens::{Agreement, Goldens};
 use super::kv_cache::PositionKey;
 use super::rotary::RotaryTable;
 use super::selection::Candidate;
+use super::stamp::SelfCheck;
 use super::{ModelOptions, check_decoder, check_projector, check_vision, register};
 use crate::error::{Error, Result};
 use crate::machine::{Resident, ResidentWatch, Roots};
@@ -104,6 +105,12 @@ pub struct MeasuredAgreement {
     pub tolerance: f64,
 }
 
+impl From<&Agreement> for MeasuredAgreement {
+    fn from(&Agreement { what, distance, tolerance }: &Agreement) -> Self {
+        Self { what: what.to_owned(), distance, tolerance }
+    }
+}
+
 impl Figures {
     /// By what candidates are compared, in milliseconds: one run, or for a decoder the prompt and [`ANSWER_STEPS`]
     /// decode steps.
@@ -149,7 +156,8 @@ pub fn measure(
     if let Err(error @ Error::Provider { .. }) = register(options) {
         return Ok(Outcome::Refused { step: Step::Build.to_string(), reason: error.to_string() });
     }
-    let loader = Loader::new(package, options);
+    let options = ModelOptions { self_check: SelfCheck::Always, ..options.clone() };
+    let loader = Loader::new(package, &options);
     let goldens = Goldens::open(package)?;
     let watch = ResidentWatch::start(&Roots::default());
     let mut chain = Chain::of(component, candidate);
@@ -283,15 +291,12 @@ fn figures(
     run: Option<Duration>,
     decoder: Option<DecoderFigures>,
 ) -> Figures {
-    let agreement = report.self_check.iter().map(|&Agreement { what, distance, tolerance }| {
-        MeasuredAgreement { what: what.to_owned(), distance, tolerance }
-    });
     Figures {
         load_ms: milliseconds(clock.took.get()),
         run_ms: run.map(milliseconds),
         decoder,
         memory: None,
-        agreement: agreement.collect(),
+        agreement: report.self_check.iter().map(MeasuredAgreement::from).collect(),
     }
 }
 

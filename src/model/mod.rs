@@ -14,12 +14,15 @@ mod head;
 pub mod kv_cache;
 pub mod measure;
 mod memory;
+pub mod prefix;
 pub mod projector;
 mod rotary;
 mod scatter_kv;
 pub mod selection;
 mod shared_kv;
+pub mod stamp;
 pub mod vision;
+pub mod visual_tokens;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -33,28 +36,33 @@ use serde::Serialize;
 
 use crate::compiled::CompiledCache;
 use crate::error::{Error, Result};
-use crate::package::manifest::HIDDEN_STATES;
+use crate::kernels::Kernels;
+use crate::machine::{Processor, Roots};
+use crate::package::manifest::{HIDDEN_STATES, SnapshotSpec};
 use crate::package::{Component, ModelPackage};
 use crate::runtime::options::check;
 use crate::runtime::{Provider, Refusal, Runtime, Target};
 use crate::text::{Prompt, Span, TokenId};
 use cancel::Canceler;
 use chain::{Chain, Loader, Opened, Serving};
-use compiled::NoticeSink;
+use compiled::{NoticeSink, PackedWeights};
 use decision::Decision;
 use decoder::{Decoder, Logits};
 use embed::{Run, TokenEmbedder};
-use goldens::{Agreement, Goldens, distance};
+use goldens::{ATTENTION_WEIGHTS, Agreement, Goldens, IMAGE_EMBEDDINGS, LOGITS, PATCH_FEATURES, distance};
 use head::Head;
 use kv_cache::{KvCache, PositionKey};
+use prefix::{CachedFrom, PrefixOptions, PrefixReport, Prefixes, Scope, Served};
 use projector::{ImageEmbeds, Projector};
 use rotary::RotaryTable;
 use selection::{ProviderSelection, VariantSelection};
+use stamp::SelfCheck;
 use vision::{ImageInput, VisionEncoder};
+use visual_tokens::VisualTokens;
 
-pub use chain::ComponentReport;
+pub use chain::{ComponentReport, OwnKernels};
 #[cfg(feature = "cli")]
-pub(crate) use memory::host as memory_host;
+pub(crate) use memory::{host as memory_host, host_of as memory_host_of};
 
 /// What generation needs from a model: read a prompt, then read one more token at a time.
 pub trait CausalModel: Send {
@@ -86,11 +94,32 @@ pub trait CausalModel: Send {
     /// As [`CausalModel::prefill`], and [`Error::TooLong`] at the context's end.
     fn decode(&mut self, token: TokenId, cache: &mut Self::Cache) -> Result<Logits>;
 
+    /// The most tokens that [`CausalModel::decode_all`] takes.
+    ///
+    /// # Errors
+    /// [`Error::Request`] when what serves gives the logits of one position a run.
+    fn most_at_once(&self) -> Result<usize>;
+
+    /// Reads `tokens`, at least one, in one run, and gives the logits behind each of them.
+    ///
+    /// # Errors
+    /// As [`CausalModel::decode`] and [`CausalModel::most_at_once`].
+    fn decode_all(&mut self, tokens: &[TokenId], cache: &mut Self::Cache) -> Result<Vec<Logits>>;
+
+    /// Forgets the last `count` positions of `cache`.
+    ///
+    /// # Errors
+    /// When what is left cannot be kept; the cache is then of no use.
+    fn forget(&mut self, count: usize, cache: &mut Self::Cache) -> Result<()>;
+
     /// A handle that stops what runs, from another thread.
     fn canceler(&self) -> Canceler;
 
     /// What serves each component, and what refused to.
     fn reports(&self) -> Vec<ComponentReport>;
+
+    /// What is kept of prompts that were read.
+    fn prefixes(&self) -> PrefixReport;
 
     /// Whether the decoder still computes what it was proved to compute before it served.
     ///
@@ -111,10 +140,14 @@ pub trait CausalModel: Send {
 pub struct Prefill {
     /// The logits of the last position.
     pub logits: Logits,
-    /// Positions that the cache already held.
+    /// Positions that were not read again.
     pub cached: usize,
-    /// Images that were encoded; an image whose positions were all cached is not.
+    /// Where they came from.
+    pub from: CachedFrom,
+    /// Images that were encoded; an image whose positions were all cached, or that was encoded before, is not.
     pub images_encoded: usize,
+    /// Time for finding what was read before, and copying it.
+    pub restore: Duration,
     /// Time for encoding and projecting images.
     pub vision: Duration,
     /// Time for the decoder.
@@ -139,6 +172,8 @@ pub struct ModelOptions {
     pub threads: Option<usize>,
     /// The most positions that one run of the decoder reads; all at once otherwise.
     pub prefill_chunk: Option<usize>,
+    /// Positions that an image takes, the rows chosen as [`visual_tokens`] says; all that it has otherwise.
+    pub visual_tokens: Option<usize>,
     /// Keep the vision encoder and the projector in memory only while an image is encoded.
     pub low_memory: bool,
     /// The most bytes of memory that the model may take; what the machine has left bounds it in any case.
@@ -147,9 +182,21 @@ pub struct ModelOptions {
     pub decision: Option<Arc<Decision>>,
     /// Where what providers compile is kept for later sessions; each session compiles anew otherwise.
     pub compiled: Option<Arc<CompiledCache>>,
-    /// Who is told what takes long.
+    /// What multiplies few-bit weights on the processor; ONNX Runtime's own kernels otherwise.
+    pub kernels: Option<Kernels>,
+    /// What becomes of weights in the layout of the processor's kernels.
+    pub packed_weights: PackedWeights,
+    /// When sessions have to compute the goldens before they serve.
+    pub self_check: SelfCheck,
+    /// What is kept of prompts that were read.
+    pub prefixes: PrefixOptions,
+    /// Who is told what takes long, and what is not kept.
     pub notices: Option<NoticeSink>,
 }
+
+/// Positions of one run of the decoder, unless something else is asked for: more at once save little time (3 % of 640 on
+/// two cores) and take memory with each position.
+const PREFILL_CHUNK: usize = 512;
 
 impl Default for ModelOptions {
     fn default() -> Self {
@@ -160,11 +207,16 @@ impl Default for ModelOptions {
             provider_options: BTreeMap::new(),
             max_partitions: 4,
             threads: None,
-            prefill_chunk: None,
+            prefill_chunk: Some(PREFILL_CHUNK),
+            visual_tokens: None,
             low_memory: false,
             memory_limit: None,
             decision: None,
             compiled: None,
+            kernels: Kernels::here(),
+            packed_weights: PackedWeights::default(),
+            self_check: SelfCheck::default(),
+            prefixes: PrefixOptions::default(),
             notices: None,
         }
     }
@@ -194,7 +246,8 @@ pub struct LlavaPhi {
     head: Option<ComponentReport>,
     rotary: Option<Arc<RotaryTable>>,
     embedder: TokenEmbedder,
-    tokens_per_image: usize,
+    visual_tokens: VisualTokens,
+    prefixes: Prefixes,
 }
 
 /// A component while it serves, and what may take over from it.
@@ -213,8 +266,9 @@ impl LlavaPhi {
     /// # Errors
     /// [`Error::Package`] for a damaged file and a graph that is not what the manifest says, [`Error::Provider`] when
     /// nothing serves a component or a plugin cannot be loaded, [`Error::Request`] for a variant that the package does
-    /// not have and an option that a provider does not take.
+    /// not have, an option that a provider does not take, and as [`VisualTokens::new`].
     pub fn open(package: &ModelPackage, options: &ModelOptions) -> Result<Self> {
+        let visual_tokens = VisualTokens::new(package, options.visual_tokens)?;
         register(options)?;
         let loader = Loader::new(package, options);
         let goldens = Goldens::open(package)?;
@@ -232,8 +286,25 @@ impl LlavaPhi {
         let decoder = Stage::open(chain(Component::Decoder)?, &loader, |opened| {
             check_decoder(opened, &loader, &goldens, &embedder, rotary.as_ref(), &mut head)
         })?;
-        let tokens_per_image = package.manifest().vision.tokens_per_image;
-        Ok(Self { loader, goldens, vision, projector, decoder, head, rotary, embedder, tokens_per_image })
+        let reports = [&vision.report, &projector.report, &decoder.report];
+        let prefixes = open_prefixes(&loader, reports, &decoder)?;
+        Ok(Self {
+            loader,
+            goldens,
+            vision,
+            projector,
+            decoder,
+            head,
+            rotary,
+            embedder,
+            visual_tokens,
+            prefixes,
+        })
+    }
+
+    /// What is read of each image.
+    pub fn visual_tokens(&self) -> VisualTokens {
+        self.visual_tokens
     }
 
     /// Positions that a cache can hold: the model's context, unless the decoder's graph has room for fewer.
@@ -250,6 +321,13 @@ impl LlavaPhi {
     /// When it is not kept in memory and can no longer be loaded.
     pub fn vision(&mut self) -> Result<&mut VisionEncoder> {
         self.vision.awake(&self.loader, |opened| VisionEncoder::new(opened.graph))
+    }
+
+    /// Frees the vision encoder and the projector where memory is to be saved, as is done behind an image; for whoever
+    /// walks the stages one by one.
+    pub fn rest(&mut self) {
+        self.vision.rest(&self.loader);
+        self.projector.rest(&self.loader);
     }
 
     /// The projector, for whoever walks the stages one by one.
@@ -270,12 +348,30 @@ impl LlavaPhi {
     /// # Errors
     /// [`Error::Stopped`] when it was taken out of service and nothing could take over.
     pub fn decoder(&mut self) -> Result<&mut Decoder> {
-        self.decoder.serving.as_mut().ok_or_else(|| Error::Stopped("no decoder serves any more".to_owned()))
+        self.decoder.serving.as_mut().ok_or_else(no_decoder)
+    }
+
+    /// Reads `head`, with which every prompt begins, and adds to the package what the decoder then holds, so that no
+    /// engine that is served by the same decoder reads it again.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for the package inside the program, an empty head, and a cache that the host cannot read;
+    /// [`Error::Package`] when the package cannot be written; else as [`CausalModel::prefill`].
+    pub fn ship(&mut self, head: &[TokenId]) -> Result<SnapshotSpec> {
+        let keys: Vec<PositionKey> = head.iter().map(|id| PositionKey::Token(*id)).collect();
+        let mut cache = self.empty_cache()?;
+        if let Some(why) = cache.is_closed() {
+            return Err(Error::Request(format!("{why}, so that no snapshot can be made of it")));
+        }
+        let embeds = self.embedder.embed(head)?;
+        self.decoder()?.forward(&embeds.view(), &keys, &mut cache)?;
+        self.prefixes.ship(&self.loader.package, &cache)
     }
 
     fn encode(&mut self, image: &ImageInput) -> Result<ImageEmbeds> {
         let features = self.vision()?.encode(&image.pixels().view())?;
         self.vision.rest(&self.loader);
+        let features = features.chosen(self.visual_tokens)?;
         let embeds = self.projector()?.project(&features.view());
         self.projector.rest(&self.loader);
         embeds
@@ -316,7 +412,8 @@ impl<T: Serving> Stage<T> {
         reason: &str,
         mut check: impl FnMut(Opened) -> Result<(T, Vec<Agreement>)>,
     ) -> Result<Demotion> {
-        if self.chain.is_exhausted() {
+        loader.forget(self.report.stamp.take().as_ref());
+        if self.chain.is_exhausted() && self.report.kernels.is_none() {
             let graph = self.report.component.name().to_owned();
             return Err(Error::Unsound { graph, reason: reason.to_owned() });
         }
@@ -337,6 +434,10 @@ impl<T: Serving> Stage<T> {
     }
 }
 
+fn no_decoder() -> Error {
+    Error::Stopped("no decoder serves any more".to_owned())
+}
+
 /// Loads the plugins of `options`, and refuses what no provider takes, whether or not that provider will be tried.
 fn register(options: &ModelOptions) -> Result<()> {
     for (provider, given) in &options.provider_options {
@@ -349,17 +450,29 @@ fn register(options: &ModelOptions) -> Result<()> {
 fn check_vision(opened: Opened, goldens: &Goldens) -> Result<(VisionEncoder, Vec<Agreement>)> {
     let tolerance = opened.tolerance.patch_features;
     let mut vision = VisionEncoder::new(opened.graph);
+    if let Some(proved) = opened.proved {
+        return Ok((vision, proved));
+    }
     let features = vision.encode(&goldens.pixel_values.view())?;
-    let distance = distance(features.view().iter(), goldens.patch_features.iter());
-    Ok((vision, vec![Agreement { what: "patch features", distance, tolerance }]))
+    let distance = goldens::distance(features.view().iter(), goldens.patch_features.iter());
+    let mut agreements = vec![Agreement { what: PATCH_FEATURES, distance, tolerance }];
+    let wanted = goldens.cls_attention.as_ref().zip(opened.tolerance.cls_attention);
+    if let (Some(attention), Some((golden, tolerance))) = (features.attention(), wanted) {
+        let distance = goldens::distance(attention.iter(), golden.iter());
+        agreements.push(Agreement { what: ATTENTION_WEIGHTS, distance, tolerance });
+    }
+    Ok((vision, agreements))
 }
 
 fn check_projector(opened: Opened, goldens: &Goldens) -> Result<(Projector, Vec<Agreement>)> {
     let tolerance = opened.tolerance.image_embeds;
     let mut projector = Projector::new(opened.graph);
+    if let Some(proved) = opened.proved {
+        return Ok((projector, proved));
+    }
     let embeds = projector.project(&goldens.patch_features.view())?;
     let distance = distance(embeds.rows().iter(), goldens.image_embeds.iter());
-    Ok((projector, vec![Agreement { what: "image embeddings", distance, tolerance }]))
+    Ok((projector, vec![Agreement { what: IMAGE_EMBEDDINGS, distance, tolerance }]))
 }
 
 /// Opens the decoder's head if it needs one, and checks both together.
@@ -371,7 +484,7 @@ fn check_decoder(
     rotary: Option<&Arc<RotaryTable>>,
     head_report: &mut Option<ComponentReport>,
 ) -> Result<(Decoder, Vec<Agreement>)> {
-    let Opened { graph, kv, tolerance, .. } = opened;
+    let Opened { graph, kv, tolerance, proved, .. } = opened;
     *head_report = None;
     let kv = kv.ok_or_else(|| Error::graph("decoder", "the manifest does not say how its cache is kept"))?;
     let head = if graph.spec().outputs.contains_key(HIDDEN_STATES) {
@@ -386,11 +499,14 @@ fn check_decoder(
     let spec = loader.package.manifest().decoder.clone();
     let run = loader.options.prefill_chunk.unwrap_or(usize::MAX);
     let mut decoder = Decoder::new(graph, head, spec, kv, rotary.cloned(), run);
+    if let Some(proved) = proved {
+        return Ok((decoder, proved));
+    }
     let distance = golden_distance(&mut decoder, goldens, embedder)?;
     if let (Some(head), Some(report)) = (decoder.head(), head_report) {
         report.placement = head.graph().placement()?;
     }
-    Ok((decoder, vec![Agreement { what: "logits", distance, tolerance: tolerance.logits }]))
+    Ok((decoder, vec![Agreement { what: LOGITS, distance, tolerance: tolerance.logits }]))
 }
 
 /// Reads the golden prompt, then each of the next tokens, and gives the largest distance of their logits.
@@ -420,15 +536,15 @@ fn golden_distance(decoder: &mut Decoder, goldens: &Goldens, embedder: &TokenEmb
 pub fn position_keys(
     prompt: &Prompt,
     images: &[Arc<ImageInput>],
-    tokens_per_image: usize,
+    visual_tokens: VisualTokens,
 ) -> Result<Vec<PositionKey>> {
-    let mut keys = Vec::with_capacity(prompt.positions(tokens_per_image));
+    let mut keys = Vec::with_capacity(prompt.positions(visual_tokens.count()));
     for span in prompt.spans() {
         match span {
             Span::Text(ids) => keys.extend(ids.iter().map(|&id| PositionKey::Token(id))),
             Span::Image(index) => {
-                let hash = *image_at(images, *index)?.hash();
-                keys.extend((0..tokens_per_image).map(|row| PositionKey::Image { hash, row }));
+                let hash = visual_tokens.key(image_at(images, *index)?.hash());
+                keys.extend((0..visual_tokens.count()).map(|row| PositionKey::Image { hash, row }));
             }
         }
     }
@@ -454,34 +570,75 @@ impl CausalModel for LlavaPhi {
         images: &[Arc<ImageInput>],
         cache: &mut KvCache,
     ) -> Result<Prefill> {
-        let tokens_per_image = self.tokens_per_image;
-        let keys = position_keys(prompt, images, tokens_per_image)?;
+        let tokens_per_image = self.visual_tokens.count();
+        let keys = position_keys(prompt, images, self.visual_tokens)?;
+        let begin = Instant::now();
+        let found = self.prefixes.restore(cache, &keys, &self.loader.canceler)?;
         // The last position is read again even when it is cached: its logits are what is wanted.
-        let cached = cache.common_prefix(&keys).min(keys.len().saturating_sub(1));
-        cache.truncate(cached)?;
+        let cached = cache.len().min(keys.len().saturating_sub(1));
+        if cache.len() > cached {
+            cache.truncate(cached)?;
+        }
+        let from = found.from.at_most(cached);
+        let restore = begin.elapsed();
 
         let begin = Instant::now();
-        let mut encoded: HashMap<[u8; 32], ImageEmbeds> = HashMap::new();
+        let mut images_encoded = 0;
+        let mut embedded: HashMap<[u8; 32], Arc<ImageEmbeds>> = HashMap::new();
         for (index, start) in image_starts(prompt, tokens_per_image) {
             let image = image_at(images, index)?;
-            if start + tokens_per_image > cached && !encoded.contains_key(image.hash()) {
-                let embeds = self.encode(image)?;
-                encoded.insert(*image.hash(), embeds);
+            let hash = *image.hash();
+            if start + tokens_per_image <= cached || embedded.contains_key(&hash) {
+                continue;
             }
+            let embeds = if let Some(embeds) = self.prefixes.image(&hash) {
+                embeds
+            } else {
+                images_encoded += 1;
+                let embeds = Arc::new(self.encode(image)?);
+                self.prefixes.keep_image(hash, &embeds);
+                embeds
+            };
+            embedded.insert(hash, embeds);
         }
         let vision = begin.elapsed();
 
         let begin = Instant::now();
         cache.reserve(keys.len())?;
-        let runs = runs_after(prompt, images, &encoded, tokens_per_image, cached)?;
+        let runs = runs_after(prompt, images, &embedded, tokens_per_image, cached)?;
         let embeds = self.embedder.splice(&runs)?;
         let logits = self.decoder()?.forward(&embeds.view(), &keys[cached..], cache)?;
-        Ok(Prefill { logits, cached, images_encoded: encoded.len(), vision, decoder: begin.elapsed() })
+        let decoder = begin.elapsed();
+        self.prefixes.write(cache, &keys, found);
+        Ok(Prefill { logits, cached, from, images_encoded, restore, vision, decoder })
     }
 
     fn decode(&mut self, token: TokenId, cache: &mut KvCache) -> Result<Logits> {
         let embeds = self.embedder.embed(&[token])?;
         self.decoder()?.forward(&embeds.view(), &[PositionKey::Token(token)], cache)
+    }
+
+    fn most_at_once(&self) -> Result<usize> {
+        let served = &self.decoder.report;
+        let decoder = self.decoder.serving.as_ref().ok_or_else(no_decoder)?;
+        decoder.most_at_once().ok_or_else(|| {
+            Error::Request(format!(
+                "the decoder {} gives the logits of one position a run, and to look ahead takes those of several; \
+                 leave lookup out, choose another variant, or export the package again",
+                served.variant
+            ))
+        })
+    }
+
+    fn decode_all(&mut self, tokens: &[TokenId], cache: &mut KvCache) -> Result<Vec<Logits>> {
+        self.most_at_once()?;
+        let embeds = self.embedder.embed(tokens)?;
+        let keys: Vec<PositionKey> = tokens.iter().map(|&token| PositionKey::Token(token)).collect();
+        self.decoder()?.forward_all(&embeds.view(), &keys, cache)
+    }
+
+    fn forget(&mut self, count: usize, cache: &mut KvCache) -> Result<()> {
+        cache.truncate(cache.len().saturating_sub(count))
     }
 
     fn canceler(&self) -> Canceler {
@@ -493,6 +650,10 @@ impl CausalModel for LlavaPhi {
         stages.into_iter().chain(self.head.as_ref()).cloned().collect()
     }
 
+    fn prefixes(&self) -> PrefixReport {
+        self.prefixes.report()
+    }
+
     fn recheck(&mut self) -> Result<bool> {
         let Some(decoder) = &mut self.decoder.serving else { return Ok(false) };
         let distance = golden_distance(decoder, &self.goldens, &self.embedder)?;
@@ -500,8 +661,8 @@ impl CausalModel for LlavaPhi {
     }
 
     fn demote(&mut self, graph: &str, reason: &str) -> Result<Demotion> {
-        let Self { loader, goldens, vision, projector, decoder, embedder, rotary, head, .. } = self;
-        match Component::ALL.into_iter().find(|component| component.name() == graph) {
+        let Self { loader, goldens, vision, projector, decoder, embedder, rotary, head, prefixes, .. } = self;
+        let demotion = match Component::ALL.into_iter().find(|component| component.name() == graph) {
             Some(Component::VisionEncoder) => {
                 vision.replace(loader, reason, |opened| check_vision(opened, goldens))
             }
@@ -511,8 +672,62 @@ impl CausalModel for LlavaPhi {
             _ => decoder.replace(loader, reason, |opened| {
                 check_decoder(opened, loader, goldens, embedder, rotary.as_ref(), head)
             }),
-        }
+        }?;
+        prefixes.replace(scope(loader, [&vision.report, &projector.report, &decoder.report], decoder)?);
+        prefixes.open_shipped(&loader.package);
+        Ok(demotion)
     }
+}
+
+/// What is kept of prompts, for the model that `reports` tell of.
+fn open_prefixes(
+    loader: &Loader,
+    reports: [&ComponentReport; 3],
+    decoder: &Stage<Decoder>,
+) -> Result<Prefixes> {
+    let ModelOptions { prefixes, memory_limit, low_memory, notices, .. } = &loader.options;
+    let scope = scope(loader, reports, decoder)?;
+    let memory = match prefixes.memory {
+        Some(limit) => (limit, "the limit that was given".to_owned()),
+        None if *low_memory => (0, "low memory was asked for".to_owned()),
+        None => {
+            let context = loader.package.manifest().decoder.context;
+            let full = (context as u64).saturating_mul(scope.layout.position_bytes() as u64);
+            loader.memory.spare(loader, full, *memory_limit)?
+        }
+    };
+    let name = &loader.package.manifest().name;
+    let directory = prefixes.directory.clone();
+    let mut prefixes = Prefixes::new(name, scope, memory, directory, notices.clone());
+    prefixes.open_shipped(&loader.package);
+    Ok(prefixes)
+}
+
+/// What decides the rows that the decoder's cache holds.
+fn scope(loader: &Loader, reports: [&ComponentReport; 3], decoder: &Stage<Decoder>) -> Result<Scope> {
+    let layout = decoder.serving.as_ref().map(Decoder::layout);
+    let layout = layout.ok_or_else(|| Error::Stopped("no decoder serves any more".to_owned()))?;
+    let served = |report: &ComponentReport| Served {
+        component: report.component.name().to_owned(),
+        variant: report.variant.clone(),
+        provider: report.provider.to_string(),
+        kernels: report.kernels.as_ref().map(|own| own.instructions.clone()),
+        options: loader.options.provider_options.get(&report.provider.provider).cloned().unwrap_or_default(),
+    };
+    let processor = Processor::probe(&Roots::default());
+    Ok(Scope {
+        program: env!("CARGO_PKG_VERSION").to_owned(),
+        package: loader.package.content_digest(),
+        components: reports.map(served).into(),
+        runtime: Runtime::started()?.version().to_owned(),
+        processor: format!(
+            "{} {} {}",
+            std::env::consts::ARCH,
+            processor.name,
+            processor.instructions.join(" ")
+        ),
+        layout,
+    })
 }
 
 /// Each image of `prompt` and the position where it begins.
@@ -535,7 +750,7 @@ fn image_starts(prompt: &Prompt, tokens_per_image: usize) -> Vec<(usize, usize)>
 fn runs_after<'a>(
     prompt: &'a Prompt,
     images: &[Arc<ImageInput>],
-    encoded: &'a HashMap<[u8; 32], ImageEmbeds>,
+    embedded: &'a HashMap<[u8; 32], Arc<ImageEmbeds>>,
     tokens_per_image: usize,
     cached: usize,
 ) -> Result<Vec<Run<'a>>> {
@@ -554,7 +769,7 @@ fn runs_after<'a>(
         runs.push(match span {
             Span::Text(ids) => Run::Tokens(&ids[skip..]),
             Span::Image(index) => {
-                let embeds = encoded
+                let embeds = embedded
                     .get(image_at(images, *index)?.hash())
                     .ok_or_else(|| Error::Request(format!("image {} was not encoded", index + 1)))?;
                 Run::Image { embeds, rows: skip..length }

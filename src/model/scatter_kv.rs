@@ -2,7 +2,9 @@
 
 use ndarray::ArrayView2;
 
-use super::kv_cache::{CacheNames, KvStore, PRESENT, batch_of_one, integer, last_index, mask, position_ids};
+use super::kv_cache::{
+    CacheNames, KvStore, ON_DEVICE, PRESENT, batch_of_one, integer, last_index, mask, position_ids,
+};
 use crate::error::Result;
 use crate::package::manifest::{DecoderSpec, KvSpec};
 use crate::runtime::{CacheMemory, Graph, Outputs, Tensor};
@@ -14,6 +16,7 @@ pub(super) struct ScatterKv {
     names: CacheNames,
     buffers: Vec<Tensor>,
     capacity: usize,
+    on_host: bool,
 }
 
 impl ScatterKv {
@@ -22,7 +25,7 @@ impl ScatterKv {
         let capacity = kv.capacity.unwrap_or(spec.context);
         let shape = [1, spec.kv_heads, capacity, spec.head_dim];
         let buffers = names.past.iter().map(|_| memory.zeros(kv.dtype, &shape)).collect::<Result<_>>()?;
-        Ok(Self { names, buffers, capacity })
+        Ok(Self { names, buffers, capacity, on_host: memory.is_host() })
     }
 }
 
@@ -31,12 +34,18 @@ impl KvStore for ScatterKv {
         Ok(())
     }
 
-    fn step(&mut self, graph: &mut Graph, embeds: &ArrayView2<'_, f32>, past: usize) -> Result<Outputs> {
+    fn step(
+        &mut self,
+        graph: &mut Graph,
+        embeds: &ArrayView2<'_, f32>,
+        past: usize,
+        wanted: usize,
+    ) -> Result<Outputs> {
         let new = embeds.nrows();
         let position_ids = position_ids(past, new)?;
         let write = Tensor::from_i64(&[1], [integer(past)?])?;
         let mask = mask(graph, new, self.capacity, |row, column| column <= past + row)?;
-        let index = last_index(new)?;
+        let index = last_index(new, wanted)?;
         let embeds = batch_of_one(graph, embeds)?;
         let inputs = [
             ("inputs_embeds", &embeds),
@@ -52,5 +61,12 @@ impl KvStore for ScatterKv {
     fn truncate(&mut self, _used: usize) -> Result<()> {
         // The mask hides what lies behind the used length.
         Ok(())
+    }
+    fn tensors(&self) -> Result<&[Tensor], &'static str> {
+        if self.on_host { Ok(&self.buffers) } else { Err(ON_DEVICE) }
+    }
+
+    fn open_rows(&mut self, _used: usize, _total: usize) -> Result<&mut [Tensor]> {
+        Ok(&mut self.buffers)
     }
 }

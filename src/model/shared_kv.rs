@@ -2,7 +2,7 @@
 
 use ndarray::ArrayView2;
 
-use super::kv_cache::{CacheNames, KvStore, PRESENT, batch_of_one, last_index};
+use super::kv_cache::{CacheNames, KvStore, ON_DEVICE, PRESENT, batch_of_one, last_index};
 use crate::error::{Error, Result};
 use crate::package::manifest::{DType, DecoderSpec};
 use crate::runtime::{CacheMemory, Graph, Outputs, Tensor};
@@ -64,13 +64,19 @@ impl KvStore for SharedKv {
         Ok(())
     }
 
-    fn step(&mut self, graph: &mut Graph, embeds: &ArrayView2<'_, f32>, past: usize) -> Result<Outputs> {
+    fn step(
+        &mut self,
+        graph: &mut Graph,
+        embeds: &ArrayView2<'_, f32>,
+        past: usize,
+        wanted: usize,
+    ) -> Result<Outputs> {
         let new = embeds.nrows();
         let total = i32::try_from(past + new)
             .map_err(|_| Error::TooLong { needed: past + new, capacity: self.context })?;
         let seqlens = Tensor::from_i32(&[1], [total - 1])?;
         let total = Tensor::from_i32(&[], [total])?;
-        let index = last_index(new)?;
+        let index = last_index(new, wanted)?;
         let embeds = batch_of_one(graph, embeds)?;
         let inputs = [
             ("inputs_embeds", &embeds),
@@ -85,5 +91,13 @@ impl KvStore for SharedKv {
     fn truncate(&mut self, _used: usize) -> Result<()> {
         // Rows past the used length are never read: `seqlens_k` says where the cache ends.
         Ok(())
+    }
+    fn tensors(&self) -> Result<&[Tensor], &'static str> {
+        if self.memory.is_host() { Ok(&self.buffers) } else { Err(ON_DEVICE) }
+    }
+
+    fn open_rows(&mut self, used: usize, total: usize) -> Result<&mut [Tensor]> {
+        self.reserve(total, used)?;
+        Ok(&mut self.buffers)
     }
 }

@@ -1,11 +1,13 @@
 //! Pixels to patch features.
 
-use ndarray::{Array3, ArrayView3, ArrayView4};
+use ndarray::{Array2, Array3, ArrayView1, ArrayView3, ArrayView4, Axis};
 use sha2::{Digest, Sha256};
 
 use super::chain::Serving;
+use super::visual_tokens::VisualTokens;
 use crate::error::{Error, Result};
 use crate::image::PixelValues;
+use crate::package::manifest::CLS_ATTENTION;
 use crate::runtime::{Graph, Tensor};
 
 /// An image that is ready for the encoder, and what identifies it.
@@ -40,12 +42,35 @@ impl ImageInput {
 
 /// What the encoder sees in each patch: `[1, tokens_per_image, vision.hidden]` f32, without the class token.
 #[derive(Clone, Debug)]
-pub struct PatchFeatures(pub(super) Array3<f32>);
+pub struct PatchFeatures {
+    rows: Array3<f32>,
+    attention: Option<Array2<f32>>,
+}
 
 impl PatchFeatures {
     /// The features, `[1, tokens_per_image, vision.hidden]`.
     pub fn view(&self) -> ArrayView3<'_, f32> {
-        self.0.view()
+        self.rows.view()
+    }
+
+    /// How much the class token attends to each row, `[tokens_per_image]`; `None` of an encoder that does not say.
+    pub fn attention(&self) -> Option<ArrayView1<'_, f32>> {
+        self.attention.as_ref().map(|attention| attention.index_axis(Axis(0), 0))
+    }
+
+    /// The rows that `tokens` asks for, `[1, count, vision.hidden]`; as they are when it asks for all.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] when fewer are asked for and the encoder did not say which matter.
+    pub fn chosen(self, tokens: VisualTokens) -> Result<Self> {
+        if tokens.is_all() {
+            return Ok(self);
+        }
+        let attention = self.attention().ok_or_else(|| {
+            Error::graph("vision_encoder", format!("it gives no {CLS_ATTENTION}; export again"))
+        })?;
+        let rows = tokens.choose(&self.rows.index_axis(Axis(0), 0), &attention)?;
+        Ok(Self { rows: rows.insert_axis(Axis(0)), attention: None })
     }
 }
 
@@ -68,9 +93,14 @@ impl VisionEncoder {
     pub fn encode(&mut self, pixels: &ArrayView4<'_, f32>) -> Result<PatchFeatures> {
         let input = Tensor::from_array(self.graph.input_dtype("pixel_values"), pixels)?;
         let mut outputs = self.graph.run(&[("pixel_values", &input)])?;
-        let features = outputs.take("patch_features")?.to_array()?;
-        check_finite(&self.graph, "features", &features)?;
-        Ok(PatchFeatures(features))
+        let rows = outputs.take("patch_features")?.to_array()?;
+        check_finite(&self.graph, "features", &rows.view())?;
+        let mut attention: Option<Array2<f32>> = None;
+        if self.graph.spec().gives_attention() {
+            let weights = attention.insert(outputs.take(CLS_ATTENTION)?.to_array()?);
+            check_finite(&self.graph, "weights of attention", &weights.view().insert_axis(Axis(0)))?;
+        }
+        Ok(PatchFeatures { rows, attention })
     }
 }
 
@@ -81,7 +111,7 @@ impl Serving for VisionEncoder {
 }
 
 /// Refuses what no later stage can make sense of.
-pub(super) fn check_finite(graph: &Graph, what: &str, values: &Array3<f32>) -> Result<()> {
+pub(super) fn check_finite(graph: &Graph, what: &str, values: &ArrayView3<'_, f32>) -> Result<()> {
     match values.indexed_iter().find(|(_, value)| !value.is_finite()) {
         None => Ok(()),
         Some(((_, row, column), value)) => Err(Error::Unsound {
