@@ -11,7 +11,10 @@ compile_error!(
 
 pub mod error;
 
+mod disk;
+
 pub mod compiled;
+pub mod kernels;
 pub mod machine;
 pub mod package;
 

@@ -5,8 +5,10 @@ use std::{ops::ControlFlow, time::Duration};
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::generate::lookup::Figures;
 use crate::generate::sequence::FinishReason;
 use crate::model::Demotion;
+use crate::model::prefix::{CachedFrom, PrefixReport};
 use crate::text::TokenId;
 
 /// Takes the events of one request, in order; `Break` stops it.
@@ -39,6 +41,8 @@ pub struct Completion {
     pub timings: Timings,
     /// What was taken out of service on the way.
     pub demotions: Vec<Demotion>,
+    /// What is kept of prompts now.
+    pub prefixes: PrefixReport,
 }
 
 /// What a request read and wrote, in positions.
@@ -50,8 +54,13 @@ pub struct Usage {
     pub image_tokens: usize,
     /// Positions of the prompt that had been read before and were not read again.
     pub cached_tokens: usize,
+    /// Where those came from.
+    pub cached_from: CachedFrom,
     /// Tokens of the answer.
     pub completion_tokens: usize,
+    /// What looking ahead came to; `None` when nobody asked for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lookup: Option<Figures>,
 }
 
 /// How long the steps of a request took.
@@ -59,6 +68,8 @@ pub struct Usage {
 pub struct Timings {
     /// Waiting for the engine's thread.
     pub queue: Duration,
+    /// Finding what was read before, and copying it.
+    pub restore: Duration,
     /// Encoding and projecting images.
     pub vision: Duration,
     /// The decoder reading the prompt.
@@ -72,7 +83,7 @@ pub struct Timings {
 impl Timings {
     /// From the start of the work to the first token.
     pub fn first_token(&self) -> Duration {
-        self.lost + self.vision + self.prefill
+        self.lost + self.restore + self.vision + self.prefill
     }
 
     /// Tokens a second after the first one, when there are any.

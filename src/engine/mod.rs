@@ -1,5 +1,7 @@
 //! Many answers: the handle that everybody holds.
 
+mod ahead;
+pub mod bench;
 pub mod cancel;
 pub mod event;
 pub mod stream;
@@ -16,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::generate::params::GenerateParams;
 use crate::image::{Limits, Preprocessor, decode};
 use crate::model::vision::ImageInput;
+use crate::model::visual_tokens::{VisualTokens, VisualTokensReport};
 use crate::model::{CausalModel, ComponentReport, LlavaPhi, ModelOptions};
 use crate::package::ModelPackage;
 use crate::package::manifest::{Fit, Manifest, Template};
@@ -46,6 +49,8 @@ pub struct ModelFacts {
     pub context: usize,
     /// Positions that one image takes.
     pub tokens_per_image: usize,
+    /// What is known of that, when an image has more.
+    pub visual_tokens: Option<VisualTokensReport>,
     /// Tokens that end an answer.
     pub eos: Vec<TokenId>,
     /// How a conversation is laid out.
@@ -68,10 +73,17 @@ impl ModelFacts {
             name: name.clone(),
             context: decoder.context,
             tokens_per_image: vision.tokens_per_image,
+            visual_tokens: None,
             eos: text.eos.clone(),
             template: text.template.clone(),
             tokenizer: Arc::new(tokenizer),
         })
+    }
+
+    /// Images take as many positions as `tokens` says.
+    pub(crate) fn read_of_images(&mut self, package: &ModelPackage, tokens: VisualTokens) {
+        self.tokens_per_image = tokens.count();
+        self.visual_tokens = VisualTokensReport::new(package, tokens);
     }
 }
 
@@ -128,6 +140,7 @@ impl Engine {
         let mut facts = ModelFacts::new(package)?;
         let mut model = LlavaPhi::open(package, &options.model)?;
         facts.context = facts.context.min(model.capacity()?);
+        facts.read_of_images(package, model.visual_tokens());
         let preprocessor = Preprocessor::new(&package.manifest().image);
         let engine = Self::with_model(model, facts, preprocessor, options.limits)?;
         Ok(Self { load: begin.elapsed(), ..engine })

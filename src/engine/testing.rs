@@ -8,6 +8,7 @@ use std::{
 use crate::error::{Error, Result};
 use crate::model::cancel::Canceler;
 use crate::model::decoder::Logits;
+use crate::model::prefix::{CachedFrom, PrefixReport};
 use crate::model::vision::ImageInput;
 use crate::model::{CausalModel, ComponentReport, Demotion, Prefill};
 use crate::package::Component;
@@ -59,6 +60,8 @@ pub(super) struct ScriptedModel {
     log: Log,
     canceler: Canceler,
     caches: usize,
+    /// Tokens that it reads in one run; `None` refuses to read several.
+    pub(super) at_once: Option<usize>,
 }
 
 /// What a scripted model remembers: the number of its cache and the tokens in it.
@@ -79,6 +82,7 @@ impl ScriptedModel {
             log: log.clone(),
             canceler: Canceler::default(),
             caches: 0,
+            at_once: None,
         };
         (model, log)
     }
@@ -111,7 +115,9 @@ impl CausalModel for ScriptedModel {
         let call = Call::Prefill { tokens: tokens.clone(), images: images.len(), cache: cache.number };
         let logits = self.answer(&call)?;
         cache.tokens = tokens;
-        Ok(Prefill { logits, cached, images_encoded: 0, vision: Duration::ZERO, decoder: Duration::ZERO })
+        let from = CachedFrom { working: cached, ..CachedFrom::default() };
+        let none = Duration::ZERO;
+        Ok(Prefill { logits, cached, from, images_encoded: 0, restore: none, vision: none, decoder: none })
     }
 
     fn decode(&mut self, token: TokenId, cache: &mut ScriptedCache) -> Result<Logits> {
@@ -120,12 +126,30 @@ impl CausalModel for ScriptedModel {
         Ok(logits)
     }
 
+    fn most_at_once(&self) -> Result<usize> {
+        self.at_once.ok_or_else(|| Error::Request("one at a time".to_owned()))
+    }
+
+    fn decode_all(&mut self, tokens: &[TokenId], cache: &mut ScriptedCache) -> Result<Vec<Logits>> {
+        assert!(self.at_once.is_some_and(|most| tokens.len() <= most), "{tokens:?}");
+        tokens.iter().map(|token| self.decode(*token, cache)).collect()
+    }
+
+    fn forget(&mut self, count: usize, cache: &mut ScriptedCache) -> Result<()> {
+        cache.tokens.truncate(cache.tokens.len() - count);
+        Ok(())
+    }
+
     fn canceler(&self) -> Canceler {
         self.canceler.clone()
     }
 
     fn reports(&self) -> Vec<ComponentReport> {
         Vec::new()
+    }
+
+    fn prefixes(&self) -> PrefixReport {
+        PrefixReport::default()
     }
 
     fn recheck(&mut self) -> Result<bool> {

@@ -7,12 +7,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::ahead::Ahead;
 use super::event::{Completion, Event, Sink, Timings, Usage};
 use super::{ModelFacts, Reports, Request};
 use crate::error::{Error, Result};
+use crate::generate::lookup::Lookup;
 use crate::generate::sequence::{Advance, FinishReason, Next, Sequence};
 use crate::generate::watchdog::Watchdog;
 use crate::model::CausalModel;
+use crate::model::prefix::PrefixReport;
 use crate::package::Component;
 
 /// A request that passed its checks, and where its events go.
@@ -30,7 +33,7 @@ pub(super) fn work<M: CausalModel>(
     reports: &Reports,
     jobs: &mpsc::Receiver<Job>,
 ) {
-    // What the last request read, so that a follow-up reads only what is new.
+    // What the last request read, so that a follow-up reads only what is new. The model keeps what others read.
     let mut idle: Option<M::Cache> = None;
     for mut job in jobs {
         let queue = job.submitted.elapsed();
@@ -69,7 +72,8 @@ fn answer<M: CausalModel>(
         let (graph, reason) = match attempt(model, facts, job, cache, timings) {
             (Err(Error::Unsound { graph, reason }), _) => (graph, reason),
             (result, cache) => {
-                return (result.map(|completion| Completion { demotions, ..completion }), cache);
+                let prefixes = model.prefixes();
+                return (result.map(|completion| Completion { demotions, prefixes, ..completion }), cache);
             }
         };
         tracing::warn!(graph, "taken out of service: {reason}");
@@ -108,9 +112,15 @@ fn attempt<M: CausalModel>(
         Err(error) => return (Err(error), Some(cache)),
     };
 
+    let mut ahead = match Ahead::new(model, params.lookup.map(Lookup::new)) {
+        Ok(ahead) => ahead,
+        Err(error) => return (Err(error), Some(cache)),
+    };
+
     let mut logits = match model.prefill(prompt, images, &mut cache) {
         Ok(prefill) => {
-            usage.cached_tokens = prefill.cached;
+            (usage.cached_tokens, usage.cached_from) = (prefill.cached, prefill.from);
+            timings.restore = prefill.restore;
             (timings.vision, timings.prefill) = (prefill.vision, prefill.decoder);
             tracing::debug!(positions = usage.prompt_tokens, cached = prefill.cached, "prompt read");
             prefill.logits
@@ -141,13 +151,18 @@ fn attempt<M: CausalModel>(
                 Err(error) => return (Err(error), None),
             }
         }
-        logits = match model.decode(token, &mut cache) {
+        let left = job.limit.saturating_sub(sequence.tokens().len());
+        logits = match ahead.read(model, token, &mut cache, (sequence.history(), left)) {
             Ok(logits) => logits,
             Err(Error::Cancelled) => break FinishReason::Cancelled,
             Err(error) => return (Err(error), None),
         };
     };
     timings.decode = begin.elapsed();
+    usage.lookup = match ahead.end(model, &mut cache) {
+        Ok(guesses) => guesses,
+        Err(error) => return (Err(error), None),
+    };
     if reason == FinishReason::Cancelled {
         match sequence.finish(reason) {
             Ok(Advance { text, .. }) if !text.is_empty() => {
@@ -169,7 +184,8 @@ fn complete(sequence: &Sequence, finish_reason: FinishReason, usage: Usage, timi
     let token_ids = sequence.tokens().to_vec();
     let usage = Usage { completion_tokens: token_ids.len(), ..usage };
     let text = sequence.text().to_owned();
-    Completion { text, token_ids, finish_reason, usage, timings, demotions: Vec::new() }
+    let (demotions, prefixes) = (Vec::new(), PrefixReport::default());
+    Completion { text, token_ids, finish_reason, usage, timings, demotions, prefixes }
 }
 
 /// The thread that owns the model.

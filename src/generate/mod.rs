@@ -1,5 +1,6 @@
 //! One answer.
 
+pub mod lookup;
 pub mod params;
 pub mod sampler;
 pub mod sequence;

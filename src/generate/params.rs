@@ -1,5 +1,7 @@
 //! How an answer is made: its limits and how its tokens are chosen.
 
+use std::num::NonZeroUsize;
+
 use crate::error::{Error, Result};
 
 /// How one answer is made.
@@ -15,6 +17,9 @@ pub struct GenerateParams {
     pub stop: Vec<String>,
     /// Where the random numbers begin; one seed gives one answer on every platform.
     pub seed: u64,
+    /// Guess at most this many tokens ahead from what was read and written before, and read them in one run; `None`
+    /// reads each token by itself. The answer is the same; see [`super::lookup`].
+    pub lookup: Option<NonZeroUsize>,
 }
 
 /// How a token is chosen from the logits.
@@ -44,6 +49,7 @@ impl Default for GenerateParams {
             repetition_penalty: 1.0,
             stop: Vec::new(),
             seed: 0,
+            lookup: None,
         }
     }
 }

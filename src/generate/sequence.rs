@@ -110,6 +110,11 @@ impl Sequence {
         &self.history[self.prompt_tokens..]
     }
 
+    /// The text tokens of the prompt, and those of the answer so far.
+    pub fn history(&self) -> &[TokenId] {
+        &self.history
+    }
+
     /// The text given out so far.
     pub fn text(&self) -> &str {
         &self.text.given
