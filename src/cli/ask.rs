@@ -52,7 +52,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
 
     let reports = engine.reports();
     if arguments.json {
-        let answer = Answer::new(&completion, outside, &reports, &engine.facts().name);
+        let answer = Answer::new(&completion, outside, &reports, engine.facts());
         let json = serde_json::to_string(&answer).context("the answer has no JSON form")?;
         writeln!(io::stdout(), "{json}")?;
     } else {

@@ -130,7 +130,7 @@ fn ask(
         return Ok(None);
     }
     let reports = engine.reports();
-    let answer = Answer::new(&completion, outside, &reports, &engine.facts().name);
+    let answer = Answer::new(&completion, outside, &reports, engine.facts());
     Ok(Some(serde_json::to_value(answer)?))
 }
 

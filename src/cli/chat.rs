@@ -22,9 +22,10 @@ use crate::chat::conversation::Part;
 use crate::chat::saved;
 use crate::engine::cancel::CancelToken;
 use crate::engine::event::{Completion, Event};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, size};
 use crate::generate::params::GenerateParams;
 use crate::generate::sequence::FinishReason;
+use crate::model::prefix::PrefixReport;
 
 const HELP: &str = "\
 /image FILE    add an image to the next question
@@ -194,6 +195,21 @@ impl Terminal<'_> {
                     usage.cached_tokens,
                     usage.prompt_tokens
                 )?;
+                let PrefixReport { memory_limit, memory_used, decided_by, directory, refused } =
+                    &completion.prefixes;
+                write!(
+                    stdout,
+                    "kept of other prompts: {} of at most {} ({decided_by})",
+                    size(*memory_used),
+                    size(*memory_limit)
+                )?;
+                if let Some(directory) = directory {
+                    write!(stdout, "; snapshots in {}", directory.display())?;
+                }
+                if let Some(refused) = refused {
+                    write!(stdout, "; {refused}")?;
+                }
+                writeln!(stdout)?;
                 figures::print(&mut stdout, completion, *outside, &self.chat.engine().reports())?;
             }
             None => writeln!(

@@ -14,7 +14,7 @@ use crate::compiled::{CompiledCache, Listed, Pruned, State};
 use crate::error::{Error, Result, size};
 use crate::model::ModelOptions;
 use crate::model::compile::{CompileReport, compile};
-use crate::model::compiled::CompiledState;
+use crate::model::compiled::{CompiledState, PackedWeights};
 use crate::model::selection::{ProviderSelection, VariantSelection};
 
 /// What `compile` takes.
@@ -105,12 +105,18 @@ pub(super) fn run(arguments: &Arguments, given: &Context) -> anyhow::Result<Exit
 
 impl Arguments {
     fn options(&self, context: &Context, cache: CompiledCache) -> Result<ModelOptions> {
+        let session = self.session.options(context)?;
+        let packed_weights = match session.packed_weights {
+            PackedWeights::Found => PackedWeights::WORTH_KEEPING,
+            asked => asked,
+        };
         Ok(ModelOptions {
             variants: self.variant.clone().unwrap_or_default(),
             providers: self.provider.clone().unwrap_or_default(),
             compiled: Some(Arc::new(cache)),
             notices: Some(context::notices()),
-            ..self.session.options(context)?
+            packed_weights,
+            ..session
         })
     }
 }
@@ -138,7 +144,7 @@ fn person(out: &mut impl Write, report: &CompileReport) -> io::Result<()> {
     write!(out, "{:<14} {:<14} {variant:<20} ", component.name(), provider.to_string())?;
     match (compiled, refused) {
         (_, Some(refusal)) => writeln!(out, "refused at {}: {}", refusal.step, refusal.reason),
-        (None, None) => writeln!(out, "compiles nothing that could be kept"),
+        (None, None) => writeln!(out, "makes nothing that is worth keeping"),
         (Some(compiled), None) => {
             write!(out, "{}", compiled.state)?;
             if compiled.entry.is_some() {
@@ -215,7 +221,7 @@ fn line(out: &mut impl Write, one: &Listed) -> io::Result<()> {
 }
 
 /// How long ago a second since 1970 was, for a person.
-fn ago(then: u64) -> String {
+pub(super) fn ago(then: u64) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let units = [("day", 86_400), ("hour", 3600), ("minute", 60)];
     let past = now.saturating_sub(then);

@@ -26,8 +26,11 @@ use crate::machine::{Machine, Roots};
 use crate::model::ModelOptions;
 use crate::model::compiled::NoticeSink;
 use crate::model::decision::{self, Decision, DecisionKey, Found};
+use crate::model::prefix::{PrefixDirectory, PrefixOptions};
 use crate::model::selection::{ProviderSelection, VariantSelection};
+use crate::model::stamp::SelfCheck;
 use crate::model::vision::ImageInput;
+use crate::model::visual_tokens::{VisualTokens, VisualTokensReport};
 use crate::package::ModelPackage;
 use crate::package::manifest::Fit;
 use crate::runtime::{LibraryOptions, Runtime};
@@ -47,7 +50,8 @@ pub(super) struct Context {
     #[arg(long, global = true, value_name = "FILE")]
     runtime_library: Option<PathBuf>,
 
-    /// Where this program keeps what it fetched, measured and compiled, instead of the user's cache directory
+    /// Where this program keeps what it fetched, measured and compiled, instead of the user's cache directory; only such
+    /// a directory also gets snapshots of prompts with images, so that another process need not read them again
     #[arg(long, global = true, value_name = "DIR", env = "LLAVA_PHI_CACHE")]
     cache_dir: Option<PathBuf>,
 
@@ -55,6 +59,11 @@ pub(super) struct Context {
     #[arg(long, visible_alias = "limit", global = true, value_name = "SIZE", env = "LLAVA_PHI_CACHE_LIMIT")]
     #[arg(value_parser = parse_size, default_value = "20GB")]
     cache_limit: u64,
+
+    /// The most that snapshots of prompts may take in --cache-dir; what was used longest ago goes first, 0 keeps none
+    #[arg(long, global = true, value_name = "SIZE", env = "LLAVA_PHI_SNAPSHOT_LIMIT")]
+    #[arg(value_parser = parse_size, default_value = "4GB")]
+    snapshot_limit: u64,
 }
 
 impl Context {
@@ -85,6 +94,12 @@ impl Context {
     /// What keeps compiled graphs, where there is a place for it.
     pub(super) fn compiled_cache(&self) -> Option<Arc<CompiledCache>> {
         self.compiled_dir().map(|dir| CompiledCache::at(&dir, self.cache_limit).into())
+    }
+
+    /// Snapshots of prompts, where a directory was given for them.
+    pub(super) fn snapshots(&self) -> Option<PrefixDirectory> {
+        let dir = self.cache_dir.as_ref()?.join("prefixes");
+        Some(PrefixDirectory::at(&dir, self.snapshot_limit))
     }
 
     /// The most bytes that compiled graphs may take.
@@ -130,8 +145,17 @@ pub(super) struct ModelArguments {
     #[arg(long)]
     low_memory: bool,
 
+    /// Positions that an image takes: fewer are read sooner and say less; all that the model was trained with otherwise
+    #[arg(long, value_name = "N")]
+    visual_tokens: Option<usize>,
+
     #[command(flatten)]
     session: SessionArguments,
+
+    /// When each session computes the package's goldens before it serves: once for the same files, settings, library and
+    /// machine, or at each start
+    #[arg(long, value_enum, default_value_t = Check::Stamped)]
+    self_check: Check,
 
     /// Do not use what `llava-phi tune` decided
     #[arg(long)]
@@ -141,9 +165,13 @@ pub(super) struct ModelArguments {
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     threads: Option<NonZeroUsize>,
 
-    /// Read the prompt in runs of at most this many positions; all at once otherwise
+    /// Read the prompt in runs of at most this many positions; 512 otherwise
     #[arg(long, value_name = "POSITIONS")]
     prefill_chunk: Option<NonZeroUsize>,
+
+    /// The most memory for what other conversations read, such as 500MB; 0 keeps none, the engine chooses otherwise
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    prefix_cache: Option<u64>,
 
     /// How a picture that is not square is made so; `auto` is what the model was trained with
     #[arg(long, value_enum, default_value_t = ImageMode::Auto)]
@@ -175,6 +203,15 @@ pub(super) fn notices() -> NoticeSink {
     })
 }
 
+/// When goldens are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Check {
+    /// Once, and its result is kept in the cache
+    Stamped,
+    /// At each start
+    Always,
+}
+
 /// How a picture that is not square is made so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum ImageMode {
@@ -197,7 +234,12 @@ impl ModelArguments {
         let runtime = context.start_runtime()?;
         let model = self.model_options(context, runtime, &package)?;
         let options = EngineOptions { library: context.library(), model, limits: self.limits() };
-        Engine::open(&package, &options)
+        let engine = Engine::open(&package, &options)?;
+        if let Some(report) = &engine.facts().visual_tokens {
+            // Standard error may be closed; there is nowhere else to say so.
+            let _ = writeln!(io::stderr(), "notice: {report}");
+        }
+        Ok(engine)
     }
 
     /// What `llava-phi tune` decided for `package` here; a notice says when there is something that does not count.
@@ -234,16 +276,32 @@ impl ModelArguments {
         runtime: &Runtime,
         package: &ModelPackage,
     ) -> Result<ModelOptions> {
+        let session = self.session.options(context)?;
         Ok(ModelOptions {
             variants: self.variant.clone().unwrap_or_default(),
             providers: self.provider.clone().unwrap_or_default(),
             threads: self.threads.map(NonZeroUsize::get),
-            prefill_chunk: self.prefill_chunk.map(NonZeroUsize::get),
+            prefill_chunk: self.prefill_chunk.map_or(session.prefill_chunk, |chunk| Some(chunk.get())),
             low_memory: self.low_memory,
+            self_check: match self.self_check {
+                Check::Stamped => SelfCheck::Stamped,
+                Check::Always => SelfCheck::Always,
+            },
+            visual_tokens: self.visual_tokens,
             decision: self.decision(context, runtime, package),
+            prefixes: PrefixOptions {
+                memory: self.prefix_cache,
+                directory: context.snapshots().filter(|snapshots| snapshots.limit() > 0).map(Arc::new),
+            },
             notices: Some(notices()),
-            ..self.session.options(context)?
+            ..session
         })
+    }
+
+    /// What is known of reading so much of each image; `None` when all is read.
+    pub(super) fn visual_tokens(&self, package: &ModelPackage) -> Result<Option<VisualTokensReport>> {
+        let tokens = VisualTokens::new(package, self.visual_tokens)?;
+        Ok(VisualTokensReport::new(package, tokens))
     }
 
     pub(super) fn limits(&self) -> Limits {
@@ -333,6 +391,11 @@ pub(super) struct GenerationArguments {
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
 
+    /// Guess up to N tokens ahead from what was read and written, and read them in one run: the same answer, sooner
+    /// where it repeats; 7 when no number is given
+    #[arg(long, value_name = "N", num_args = 0..=1, require_equals = true, default_missing_value = "7")]
+    lookup: Option<NonZeroUsize>,
+
     /// End the answer before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -363,6 +426,7 @@ impl GenerationArguments {
             repetition_penalty: self.repetition_penalty,
             stop: self.stop.clone(),
             seed,
+            lookup: self.lookup,
         };
         params.validate()?;
         Ok(params)

@@ -12,7 +12,9 @@ use serde::Serialize;
 use super::context::{Context, ModelArguments};
 use crate::error::{ErrorKind, Result, size};
 use crate::machine::{Machine, Roots};
-use crate::model::{CausalModel as _, ComponentReport, LlavaPhi, memory_host};
+use crate::model::stamp::SelfCheck;
+use crate::model::visual_tokens::VisualTokensReport;
+use crate::model::{CausalModel as _, ComponentReport, LlavaPhi, ModelOptions, memory_host_of};
 use crate::package::ModelPackage;
 use crate::package::plan::{MemoryPlan, Part};
 use crate::runtime::{DeviceInfo, Origin, Provider, ProviderStatus, Runtime};
@@ -67,6 +69,11 @@ struct PackageReport {
     sha256: String,
     location: String,
     memory: MemoryPlan,
+    /// How few positions an image may take.
+    images: String,
+    /// What is read of each, when fewer were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    visual_tokens: Option<VisualTokensReport>,
     components: Answer<Vec<ComponentReport>>,
 }
 
@@ -78,7 +85,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
         Ok(runtime) => package(arguments, context, runtime),
         Err(_) => arguments.model.package().and_then(|package| {
             let components = Answer::Failed { error: "ONNX Runtime is missing".to_owned() };
-            describe(&package, components)
+            describe(arguments, &package, components)
         }),
     };
     let package = answer(package)?;
@@ -123,12 +130,19 @@ fn runtime(runtime: &Runtime) -> RuntimeReport {
 
 fn package(arguments: &Arguments, context: &Context, runtime: &Runtime) -> Result<PackageReport> {
     let package = arguments.model.package()?;
-    let options = arguments.model.model_options(context, runtime, &package)?;
+    let options = ModelOptions {
+        self_check: SelfCheck::Always,
+        ..arguments.model.model_options(context, runtime, &package)?
+    };
     let opened = LlavaPhi::open(&package, &options);
-    describe(&package, answer(opened.map(|model| model.reports()))?)
+    describe(arguments, &package, answer(opened.map(|model| model.reports()))?)
 }
 
-fn describe(package: &ModelPackage, components: Answer<Vec<ComponentReport>>) -> Result<PackageReport> {
+fn describe(
+    arguments: &Arguments,
+    package: &ModelPackage,
+    components: Answer<Vec<ComponentReport>>,
+) -> Result<PackageReport> {
     let memory = match &components {
         Answer::Found(reports) => {
             let parts: Vec<Part<'_>> = reports
@@ -136,7 +150,7 @@ fn describe(package: &ModelPackage, components: Answer<Vec<ComponentReport>>) ->
                 .map(|report| Part {
                     component: report.component,
                     variant: &report.variant,
-                    host: memory_host(report.provider.provider),
+                    host: memory_host_of(report),
                 })
                 .collect();
             MemoryPlan::of(package, &parts)?
@@ -150,6 +164,8 @@ fn describe(package: &ModelPackage, components: Answer<Vec<ComponentReport>>) ->
             .directory()
             .map_or_else(|| "inside this program".to_owned(), |d| d.display().to_string()),
         memory,
+        images: package.manifest().image_positions(),
+        visual_tokens: arguments.model.visual_tokens(package)?,
         components,
     })
 }
@@ -227,6 +243,10 @@ fn person(out: &mut impl Write, report: &Report) -> io::Result<()> {
         Answer::Found(package) => {
             writeln!(out, "\npackage {}  {}  {}", package.name, &package.sha256[..16], package.location)?;
             writeln!(out, "  memory plan  {} held", size(package.memory.held()))?;
+            writeln!(out, "  images       {}", package.images)?;
+            if let Some(report) = &package.visual_tokens {
+                writeln!(out, "               {report}")?;
+            }
             match &package.components {
                 Answer::Failed { error } => writeln!(out, "  nothing serves: {error}")?,
                 Answer::Found(reports) => {
@@ -250,8 +270,16 @@ fn person(out: &mut impl Write, report: &Report) -> io::Result<()> {
 pub(super) fn component(out: &mut impl Write, report: &ComponentReport) -> io::Result<()> {
     let tuned = report.tuned.as_ref().map_or_else(String::new, |date| format!(", tuned on {date}"));
     writeln!(out, "  {:<15} {} on {}{tuned}", report.component.name(), report.variant, report.provider)?;
+    let earlier = report.stamp.as_ref().filter(|stamp| stamp.used);
+    let earlier = earlier.map_or_else(String::new, |stamp| format!(" (on {}, not repeated)", stamp.date));
     for agreement in &report.self_check {
-        writeln!(out, "    self-check: {agreement}")?;
+        writeln!(out, "    self-check: {agreement}{earlier}")?;
+    }
+    if let Some(kernels) = &report.kernels {
+        writeln!(out, "    kernels: {kernels}")?;
+    }
+    if let Some(compiled) = &report.compiled {
+        writeln!(out, "    {compiled}, {}", size(compiled.bytes))?;
     }
     if let Some(placement) = &report.placement {
         let nodes: Vec<String> =

@@ -8,11 +8,16 @@ use std::{
 
 use serde::Serialize;
 
+use crate::engine::ModelFacts;
 use crate::engine::event::Completion;
+use crate::generate::lookup::Figures;
 use crate::generate::sequence::FinishReason;
 use crate::model::compiled::CompiledReport;
 use crate::model::goldens::Agreement;
-use crate::model::{ComponentReport, Demotion};
+use crate::model::prefix::{CachedFrom, PrefixReport};
+use crate::model::stamp::Stamp;
+use crate::model::visual_tokens::VisualTokensReport;
+use crate::model::{ComponentReport, Demotion, ModelOptions, OwnKernels};
 use crate::package::Component;
 use crate::runtime::{Placement, Refusal};
 use crate::text::TokenId;
@@ -27,6 +32,9 @@ pub(super) struct Answer<'a> {
     timings_ms: TimingsMs,
     providers: BTreeMap<&'static str, Served<'a>>,
     model: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    visual_tokens: Option<&'a VisualTokensReport>,
+    prefixes: &'a PrefixReport,
     #[serde(skip_serializing_if = "<[Demotion]>::is_empty")]
     demotions: &'a [Demotion],
 }
@@ -37,12 +45,16 @@ pub(super) struct Answer<'a> {
 struct Positions {
     prompt_tokens: usize,
     image_tokens: usize,
+    cached_tokens: usize,
+    cached_from: CachedFrom,
     completion_tokens: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lookup: Option<Figures>,
 }
 
 /// What ran a component.
 #[derive(Debug, Serialize)]
-struct Served<'a> {
+pub(super) struct Served<'a> {
     provider: String,
     variant: &'a str,
     threads: Option<usize>,
@@ -52,7 +64,43 @@ struct Served<'a> {
     placement: Option<&'a Placement>,
     self_check: &'a [Agreement],
     #[serde(skip_serializing_if = "Option::is_none")]
+    kernels: Option<&'a OwnKernels>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stamp: Option<&'a Stamp>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     compiled: Option<&'a CompiledReport>,
+}
+
+impl Served<'_> {
+    /// Provider, variant and threads, for a person.
+    pub(super) fn line(&self) -> String {
+        let threads =
+            self.threads.map_or_else(|| "as many as it likes".to_owned(), |count| count.to_string());
+        format!("{} {}, threads: {threads}", self.provider, self.variant)
+    }
+}
+
+/// How a model was loaded, as far as its speed depends on it.
+#[derive(Debug, Serialize)]
+pub(super) struct ModelSettings {
+    threads: Option<usize>,
+    prefill_chunk: Option<usize>,
+    low_memory: bool,
+    memory_limit: Option<u64>,
+    provider_options: BTreeMap<String, BTreeMap<String, String>>,
+}
+
+impl ModelSettings {
+    pub(super) fn new(options: &ModelOptions) -> Self {
+        let given = options.provider_options.iter();
+        Self {
+            threads: options.threads,
+            prefill_chunk: options.prefill_chunk,
+            low_memory: options.low_memory,
+            memory_limit: options.memory_limit,
+            provider_options: given.map(|(provider, given)| (provider.to_string(), given.clone())).collect(),
+        }
+    }
 }
 
 /// Milliseconds of each step.
@@ -60,6 +108,7 @@ struct Served<'a> {
 struct TimingsMs {
     load: f64,
     preprocess: f64,
+    restore: f64,
     vision: f64,
     prefill: f64,
     decode: f64,
@@ -80,7 +129,7 @@ impl<'a> Answer<'a> {
         completion: &'a Completion,
         outside: Outside,
         reports: &'a [ComponentReport],
-        model: &'a str,
+        facts: &'a ModelFacts,
     ) -> Self {
         let Completion { timings, usage, .. } = completion;
         let total = outside.load + outside.preprocess + timings.first_token() + timings.decode;
@@ -91,21 +140,32 @@ impl<'a> Answer<'a> {
             usage: Positions {
                 prompt_tokens: usage.prompt_tokens,
                 image_tokens: usage.image_tokens,
+                cached_tokens: usage.cached_tokens,
+                cached_from: usage.cached_from,
                 completion_tokens: usage.completion_tokens,
+                lookup: usage.lookup,
             },
             timings_ms: TimingsMs {
                 load: milliseconds(outside.load),
                 preprocess: milliseconds(outside.preprocess),
+                restore: milliseconds(timings.restore),
                 vision: milliseconds(timings.vision),
                 prefill: milliseconds(timings.prefill),
                 decode: milliseconds(timings.decode),
                 total: milliseconds(total),
             },
-            providers: reports.iter().map(|report| (short_name(report.component), served(report))).collect(),
-            model,
+            providers: providers(reports),
+            model: &facts.name,
+            visual_tokens: facts.visual_tokens.as_ref(),
+            prefixes: &completion.prefixes,
             demotions: &completion.demotions,
         }
     }
+}
+
+/// What ran each component.
+pub(super) fn providers(reports: &[ComponentReport]) -> BTreeMap<&'static str, Served<'_>> {
+    reports.iter().map(|report| (short_name(report.component), served(report))).collect()
 }
 
 fn served(report: &ComponentReport) -> Served<'_> {
@@ -117,6 +177,8 @@ fn served(report: &ComponentReport) -> Served<'_> {
         refused: &report.refused,
         placement: report.placement.as_ref(),
         self_check: &report.self_check,
+        kernels: report.kernels.as_ref(),
+        stamp: report.stamp.as_ref(),
         compiled: report.compiled.as_ref(),
     }
 }
@@ -135,6 +197,22 @@ pub(super) fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
+/// Where cached positions came from, unless the last request left all of them.
+fn sources(from: &CachedFrom) -> String {
+    let parts = [
+        ("the last request", from.working),
+        ("memory", from.memory),
+        ("the package", from.package),
+        ("disk", from.disk),
+    ];
+    if from.total() == from.working {
+        return String::new();
+    }
+    let told =
+        parts.iter().filter(|(_, count)| *count > 0).map(|(name, count)| format!("{count} from {name}"));
+    format!(": {}", told.collect::<Vec<_>>().join(", "))
+}
+
 /// Writes one line about an answer.
 pub(super) fn print(
     out: &mut impl Write,
@@ -149,14 +227,17 @@ pub(super) fn print(
         milliseconds(outside.load + outside.preprocess + timings.first_token()),
         milliseconds(outside.load),
         milliseconds(outside.preprocess + timings.vision),
-        milliseconds(timings.prefill)
+        milliseconds(timings.restore + timings.prefill)
     )?;
     if let Some(speed) = timings.tokens_per_second(usage.completion_tokens) {
         write!(out, ", {speed:.1} tokens/s")?;
     }
     write!(out, ", {} + {} tokens", usage.prompt_tokens, usage.completion_tokens)?;
     if usage.cached_tokens > 0 {
-        write!(out, " ({} not read again)", usage.cached_tokens)?;
+        write!(out, " ({} not read again{})", usage.cached_tokens, sources(&usage.cached_from))?;
+    }
+    if let Some(Figures { guessed, right }) = usage.lookup {
+        write!(out, ", {right} of {guessed} guessed tokens right")?;
     }
     for report in reports {
         let component = short_name(report.component);

@@ -104,6 +104,10 @@ fn person(out: &mut impl Write, package: &ModelPackage, report: &Report<'_>) -> 
         "  decoder     {} layers, hidden {}, {} heads of {}",
         decoder.layers, decoder.hidden, decoder.kv_heads, decoder.head_dim
     )?;
+    writeln!(out, "  images      {}", report.manifest.image_positions())?;
+    for one in &vision.measured {
+        writeln!(out, "    {} positions: {one}", one.tokens)?;
+    }
     writeln!(out, "  context     {} positions", decoder.context)?;
     writeln!(out, "  vocabulary  {} tokens, {} logits", text.vocabulary, decoder.logits_width)?;
     writeln!(out, "\nvariants")?;

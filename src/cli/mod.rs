@@ -2,6 +2,8 @@
 
 mod ask;
 mod batch;
+mod bench;
+mod cache;
 mod chat;
 mod compile;
 mod config;
@@ -68,8 +70,12 @@ enum Command {
     Trace(trace::Arguments),
     /// Compile ahead of time for the providers that do, and show or empty what they compiled
     Compile(compile::Arguments),
+    /// Show, prune or clear the snapshots of prompts in --cache-dir
+    Cache(cache::Arguments),
     /// Measure what could serve here, and use the fastest from now on
     Tune(tune::Arguments),
+    /// Measure how long each stage takes here, and how much memory
+    Bench(bench::Arguments),
     /// Show or install ONNX Runtime
     Runtime(runtime::RuntimeArgs),
     /// Print a completion script for a shell
@@ -126,7 +132,9 @@ fn run(Arguments { command, context }: Arguments) -> anyhow::Result<ExitCode> {
         Command::Doctor(arguments) => doctor::run(&arguments, &context),
         Command::Trace(arguments) => trace::run(&arguments, &context),
         Command::Compile(arguments) => compile::run(&arguments, &context),
+        Command::Cache(arguments) => cache::run(&arguments, &context),
         Command::Tune(arguments) => tune::run(&arguments, &context),
+        Command::Bench(arguments) => bench::run(&arguments, &context),
         Command::Runtime(arguments) => {
             runtime::run(&arguments, &context.library())?;
             Ok(ExitCode::SUCCESS)

@@ -2,9 +2,13 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
+use clap::ValueEnum;
+
 use super::context::Context;
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
 use crate::model::ModelOptions;
+use crate::model::compiled::PackedWeights;
 use crate::runtime::Provider;
 use crate::runtime::options::ProviderOption;
 
@@ -26,6 +30,45 @@ pub(super) struct SessionArguments {
     /// The most memory that the model may take, such as 4GB; what the machine has left bounds it in any case
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory_limit: Option<u64>,
+
+    /// What multiplies few-bit weights on the processor
+    #[arg(long, value_name = "WHOSE", default_value = "own")]
+    kernels: KernelChoice,
+
+    /// Whether weights in the layout of ONNX Runtime's kernels are kept in the cache, at twice their size on disk, so that
+    /// they load faster and are mapped instead of taking memory
+    #[arg(long, value_enum, default_value_t = Packed::Auto)]
+    packed_weights: Packed,
+}
+
+/// Whether the processor's form of the weights is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Packed {
+    /// What `llava-phi compile` kept is used
+    Auto,
+    /// Kept by this command, if they are not
+    Kept,
+    /// Never: each session makes it in its own memory
+    Private,
+}
+
+impl Packed {
+    fn option(self) -> PackedWeights {
+        match self {
+            Self::Auto => PackedWeights::default(),
+            Self::Kept => PackedWeights::KeptFrom(0),
+            Self::Private => PackedWeights::Private,
+        }
+    }
+}
+
+/// Whose kernels multiply few-bit weights.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum KernelChoice {
+    /// This program's, where it has some for the processor
+    Own,
+    /// ONNX Runtime's
+    Onnxruntime,
 }
 
 impl SessionArguments {
@@ -38,6 +81,11 @@ impl SessionArguments {
             max_partitions: self.max_partitions.unwrap_or(defaults.max_partitions),
             memory_limit: self.memory_limit,
             compiled: context.compiled_cache(),
+            kernels: match self.kernels {
+                KernelChoice::Own => Kernels::here(),
+                KernelChoice::Onnxruntime => None,
+            },
+            packed_weights: self.packed_weights.option(),
             ..defaults
         })
     }

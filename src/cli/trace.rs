@@ -55,6 +55,9 @@ pub(super) fn run(arguments: &Arguments, given: &Context) -> anyhow::Result<Exit
     let runtime = given.start_runtime()?;
     let facts = ModelFacts::new(&package)?;
     let mut model = LlavaPhi::open(&package, &arguments.model.model_options(given, runtime, &package)?)?;
+    if let Some(report) = arguments.model.visual_tokens(&package)? {
+        writeln!(io::stderr(), "notice: {report}")?;
+    }
     let preprocessor = Preprocessor::new(&package.manifest().image);
     let fit = arguments.model.fit();
 
@@ -76,6 +79,16 @@ pub(super) fn run(arguments: &Arguments, given: &Context) -> anyhow::Result<Exit
 
     let features = walk.time(|| model.vision()?.encode(&pixels.view()))?;
     walk.stage("patch_features", &features.view().into_dyn())?;
+    let visual_tokens = model.visual_tokens();
+    let features = if let Some(attention) = features.attention().filter(|_| !visual_tokens.is_all()) {
+        walk.took = Duration::ZERO;
+        walk.stage("cls_attention", &attention.into_dyn())?;
+        let chosen = walk.time(|| features.chosen(visual_tokens))?;
+        walk.stage("visual_tokens", &chosen.view().into_dyn())?;
+        chosen
+    } else {
+        features
+    };
     let embeds = walk.time(|| model.projector()?.project(&features.view()))?;
     walk.stage("image_embeds", &embeds.rows().into_dyn())?;
 
@@ -97,7 +110,7 @@ pub(super) fn run(arguments: &Arguments, given: &Context) -> anyhow::Result<Exit
     walk.stage("inputs_embeds", &inputs.view().into_dyn())?;
 
     let images = [Arc::new(ImageInput::new(pixels))];
-    let keys = position_keys(&prompt, &images, facts.tokens_per_image)?;
+    let keys = position_keys(&prompt, &images, visual_tokens)?;
     let mut cache = model.empty_cache()?;
     let mut logits = walk.time(|| model.decoder()?.forward(&inputs.view(), &keys, &mut cache))?;
     walk.stage("logits", &ArrayView1::from(logits.values()).into_dyn())?;

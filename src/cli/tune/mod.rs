@@ -275,7 +275,7 @@ impl Arguments {
 
     /// The numbers of threads to measure with, most first: where those do not serve, fewer hardly will.
     fn threads_for(&self, target: Target, processor: &Processor) -> Vec<Option<usize>> {
-        if memory_host(target.provider) != Host::Processor {
+        if memory_host(target.provider, false) != Host::Processor {
             return vec![None];
         }
         let given: BTreeSet<usize> = match self.threads[..] {
@@ -296,12 +296,12 @@ fn shortfall(limit: Option<u64>, package: &ModelPackage, picks: &[&Row]) -> Resu
     let head = decided.get(Component::Head.name()).map(|head| Part {
         component: Component::Head,
         variant: &head.variant,
-        host: memory_host(head.provider.provider),
+        host: memory_host(head.provider.provider, false),
     });
     let parts = picks.iter().map(|row| Part {
         component: row.component,
         variant: &row.variant,
-        host: memory_host(row.provider.provider),
+        host: memory_host(row.provider.provider, false),
     });
     let plan = MemoryPlan::of(package, &parts.chain(head).collect::<Vec<_>>())?;
     let memory = Memory::probe(&Roots::default());
