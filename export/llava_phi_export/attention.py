@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
 from .config import DecoderConfig
 from .errors import ExportError
-from .graph import I32, I64
+from .graph import I8, I32, I64
+
+
+@dataclass(frozen=True)
+class KvScales:
+    """What one step of a cache of int8 stands for, f32 [layers, kv_heads, head_dim] each."""
+
+    key: np.ndarray
+    value: np.ndarray
 
 
 class _Attention:
@@ -19,12 +29,13 @@ class _Attention:
     def __init__(self, dialect, config: DecoderConfig):
         self._dialect, self._config = dialect, config
         self._given: list[tuple[str, ir.Value, list]] = []
+        self._dtype = dialect.kv_dtype or dialect.dtype
         self._mask = self._cos = self._sin = None
 
     def outputs(self) -> None:
         """Declares what each layer gives back of its cache."""
         for name, value, shape in self._given:
-            self._dialect.graph.output(value, name, self._dialect.dtype, shape)
+            self._dialect.graph.output(value, name, self._dtype, shape)
 
     def _projected(self, x: ir.Value, prefix: str) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Queries, keys and values [batch, heads, new, head_dim]; the former two are rotated."""
@@ -37,7 +48,7 @@ class _Attention:
 
     def _past(self, layer: int, kind: str, positions: str | int) -> ir.Value:
         graph = self._dialect.graph
-        return graph.input(f"past_key_values.{layer}.{kind}", self._dialect.dtype, self._shape(positions))
+        return graph.input(f"past_key_values.{layer}.{kind}", self._dtype, self._shape(positions))
 
     def _give(self, name: str, value: ir.Value, positions: str | int) -> None:
         self._given.append((name, value, self._shape(positions)))
@@ -169,16 +180,28 @@ class SharedAttention(_Attention):
             q, k, v, tables = qkv, None, None, [self._cos, self._sin]
         else:
             q, k, v = self._rotated(qkv, x)
-            tables = []
+            tables = [None, None]
+        inputs, rounding = [q, k, v, *past, self._lengths, self._total, *tables], {}
+        if self._dtype == I8:
+            # Between the tables and the scales: position_ids, attention_bias, head_sink.
+            inputs += [None, None, None, *self._scales(layer)]
+            rounding = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        while inputs[-1] is None:
+            inputs.pop()
         mixed, *presents = dialect.ms.GroupQueryAttention(
-            q, k, v, *past, self._lengths, self._total, *tables,
-            num_heads=config.heads, kv_num_heads=config.kv_heads, scale=config.head_dim**-0.5,
-            do_rotary=int(self._fused), rotary_interleaved=0, _outputs=3,
+            *inputs, num_heads=config.heads, kv_num_heads=config.kv_heads, scale=config.head_dim**-0.5,
+            do_rotary=int(self._fused), rotary_interleaved=0, **rounding, _outputs=3,
         )  # fmt: skip
         for kind, present in zip(("key", "value"), presents, strict=True):
             self._give(f"present.{layer}.{kind}", present, "capacity")
         mixed.dtype = dialect.dtype
         return mixed
+
+    def _scales(self, layer: int) -> list[ir.Value]:
+        """What one step of the layer's int8 keys stands for, then of its values: [1, kv_heads, 1, head_dim] each."""
+        graph, scales = self._dialect.graph, self._dialect.kv_scales
+        kinds = (("key", scales.key), ("value", scales.value))
+        return [graph.table(f"decoder.layers.{layer}.{kind}_scale", all[layer][None, :, None]) for kind, all in kinds]
 
     def _rotated(self, qkv: ir.Value, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         op, config = self._dialect.op, self._config

@@ -7,7 +7,7 @@ import onnxruntime
 
 from .config import CheckpointError
 
-NUMPY = {"f32": np.float32, "f16": np.float16, "i32": np.int32, "i64": np.int64}
+NUMPY = {"f32": np.float32, "f16": np.float16, "i8": np.int8, "i32": np.int32, "i64": np.int64}
 # What is added to a score that must not count.
 _FORBIDDEN = {"f32": np.float32(-1e9), "f16": np.float16(-1e4)}
 
@@ -63,8 +63,9 @@ class Cache:
         shape = (self.batch, self.sizes["kv_heads"], positions, self.sizes["head_dim"])
         return np.zeros(shape, NUMPY[self.kv["dtype"]])
 
-    def _picked(self, index: int | None) -> np.ndarray:
-        return np.full(self.batch, index or 0, np.int64)
+    def _picked(self, index: int | None, new: int) -> np.ndarray:
+        """Position `index` of each row of the batch, of any where it is None, among `new` a row."""
+        return np.arange(self.batch, dtype=np.int64) * new + (index or 0)
 
     def _mask(self, allowed: np.ndarray) -> np.ndarray:
         """[batch, 1, new, total] of allowed [new, total]."""
@@ -91,7 +92,7 @@ class ConcatCache(Cache):
         positions = self._positions(new)
         inputs = {
             "inputs_embeds": embeds,
-            "logits_index": self._picked(index),
+            "logits_index": self._picked(index, new),
             "position_ids": np.broadcast_to(positions, (self.batch, new)).copy(),
             "attention_mask": self._mask(np.arange(self.length + new)[None, :] <= positions[:, None]),
         }
@@ -110,7 +111,7 @@ class _InPlaceCache(Cache):
         self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._arrays]
 
     def _run(self, embeds, new, index):
-        inputs = {"inputs_embeds": embeds, "logits_index": self._picked(index), **self._steps(new)}
+        inputs = {"inputs_embeds": embeds, "logits_index": self._picked(index, new), **self._steps(new)}
         session = self.runner.session("decoder")
         binding = session.io_binding()
         for name, value in inputs.items():
@@ -177,7 +178,7 @@ class DeltaCache(Cache):
         inputs |= {f"past_key_values.{name}": array for name, array in zip(self.names, self._arrays, strict=True)}
         result = "logits" if "logits_index" in self._inputs else "hidden_states"
         if result == "logits":
-            inputs["logits_index"] = self._picked(index)
+            inputs["logits_index"] = self._picked(index, new)
         wanted = [result, *(f"new_key_values.{name}" for name in self.names)]
         found, *rows = self.runner.session("decoder").run(wanted, inputs)
         for array, part in zip(self._arrays, rows, strict=True):

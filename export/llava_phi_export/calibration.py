@@ -15,16 +15,19 @@ _MOST = 64
 
 
 class Calibration:
-    """Pixel values [1, 3, size, size] f32, one picture at a time; `note` says what they are worth."""
+    """Pixel values [1, 3, size, size] f32, one picture at a time."""
 
     def __init__(self, directory: Path | None, image: ImageConfig):
-        self._image, self._paths = image, None
-        self.note = (
-            f"nnapi-u8 takes its ranges from {MADE} made pictures; real ones are better, give some with --calibration"
-        )
-        if directory is not None:
-            self._paths = _images(directory)
-            self.note = f"nnapi-u8 takes its ranges from {len(self._paths)} pictures of {directory}"
+        self._image, self._directory = image, directory
+        self._paths = None if directory is None else _images(directory)
+
+    def note(self, user: str) -> str:
+        """What the ranges that `user` takes from the pictures are worth."""
+        if self._paths is None:
+            return (
+                f"{user} takes its ranges from {MADE} made pictures; real ones are better, give some with --calibration"
+            )
+        return f"{user} takes its ranges from {len(self._paths)} pictures of {self._directory}"
 
     def __iter__(self) -> Iterator[np.ndarray]:
         if self._paths is None:

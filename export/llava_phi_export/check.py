@@ -15,6 +15,7 @@ from .dequantize import dequantized, has_quantized
 from .report import Answers, Difference, Report, as_json, as_text
 from .runner import Package, Runner
 from .samples import Sample, samples
+from .vision_encoder import ATTENTION
 
 # Sums of f32 in another order.
 F32_TOLERANCE = 1e-4
@@ -115,7 +116,10 @@ def _expected(reference, case: Sample, tokens: int) -> dict:
             f"sample {case.name} takes {embeds.shape[1]} positions and {tokens} tokens are asked for, the context has "
             f"{context}; lower --tokens or shorten the prompt"
         )
-    return {"ids": ids, "pixels": pixels, "features": features, "images": images, "embeds": embeds}
+    stages = {"ids": ids, "pixels": pixels, "features": features, "images": images, "embeds": embeds}
+    if case.images and reference.config.vision.used_layers:
+        stages["attention"] = reference.cls_attention(pixels)
+    return stages
 
 
 def _stages(
@@ -131,9 +135,11 @@ def _stages(
         for name, limit in (
             ("pixel_values", PIXEL_TOLERANCE),
             ("patch_features", limit),
+            (ATTENTION, limit),
             ("image_embeds", limit),
             ("embeds", limit),
         )
+        if name != ATTENTION or ATTENTION in package.graphs(runner.variant, "vision_encoder")["outputs"]
     }
     tokenizer = _tokenizer(package)
     given = []
@@ -143,6 +149,8 @@ def _stages(
             pixels = np.concatenate([image.pixel_values(picture) for picture in case.images])
             features = runner.patch_features(pixels)
             images = runner.image_embeds(features)
+            if ATTENTION in stages:
+                stages[ATTENTION].add(runner.cls_attention(pixels), wanted["attention"])
             stages["pixel_values"].add(pixels, wanted["pixels"])
             stages["patch_features"].add(features, wanted["features"])
             stages["image_embeds"].add(images, wanted["images"])

@@ -14,10 +14,14 @@ from .quantize import ACCURACY_LEVELS, BLOCK_SIZES, METHODS, QuantizeOptions
 
 OK, BAD, INTERRUPTED = 0, 2, 130
 
+# For processors: the decoder whose cache is small, the one that reads prompts faster, and the small encoder.
+DEFAULT_VARIANTS = ("cpu-int4", "cpu-int4-kv-f32", "cpu-int8")
+
 _EPILOG = """\
 other commands:
   llava-phi-export synthesize ...   writes a random checkpoint of any shape
   llava-phi-export check ...        compares a package with PyTorch, stage by stage
+  llava-phi-export measured ...     records what fewer visual tokens cost a package
 """
 
 
@@ -34,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from . import check
 
                 return check.main(argv[1:]) or OK
+            case ["measured"]:
+                from . import measured
+
+                return measured.main(argv[1:]) or OK
         return _export(_parser().parse_args(argv))
     except (CheckpointError, ExportError) as error:
         return _refuse(str(error))
@@ -59,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("package", metavar="PACKAGE", type=Path, help="directory to write")
     add(
         "--variant", action="append", choices=[*CHOICES, "all"], dest="variants",
-        help="what to export, may be given several times (default: cpu-int4)",
+        help="what to export, may be given several times (default: cpu-int4, cpu-int4-kv-f32, cpu-int8)",
     )  # fmt: skip
     add("--vision-tower", metavar="DIR", help="the vision tower, when the checkpoint does not hold it")
     add("--projector", metavar="PATH", help="the projector's file or directory, when the checkpoint does not hold it")
@@ -67,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace an existing package, once the new one is whole")
     add(
         "--calibration", metavar="DIR", type=Path,
-        help="a directory of pictures that show nnapi-u8 which numbers occur (default: made ones)",
+        help="a directory of pictures that show nnapi-u8 and caches of int8 which numbers occur (default: made ones)",
     )  # fmt: skip
     group = parser.add_argument_group("caches of a fixed size (tensorrt, coreml, qnn, nnapi)")
     group.add_argument(
@@ -108,7 +116,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from .export import CHOICES, ExportOptions, export
     from .progress import Progress
 
-    variants = arguments.variants or ["cpu-int4"]
+    variants = arguments.variants or DEFAULT_VARIANTS
     options = ExportOptions(
         variants=CHOICES if "all" in variants else tuple(dict.fromkeys(variants)),
         name=arguments.name,

@@ -15,15 +15,16 @@ HEAD = "decoder.lm_head"
 def build(graph: Graph, dialect, config: DecoderConfig, progress: Progress) -> None:
     """Builds Phi into `graph`: attention and MLP of a layer read one norm and are added together.
 
-    After the last layer's attention only the positions of `logits_index` are carried on, and give logits f32. Where
-    the dialect ends in hidden states, all positions give theirs after the last norm, and `build_head` has the rest.
+    After the last layer's attention only the positions of `logits_index` are carried on, and give logits f32: as many
+    as are asked for, counted over all rows of the batch, unless a run is of fixed size. Where the dialect ends in hidden states, all positions give theirs after the last norm, and `build_head` has the rest.
     """
     layers, batch = config.layers, dialect.batch
     positions = dialect.window.chunk if dialect.kv_form == "delta" else "new"
     x = graph.input("inputs_embeds", dialect.dtype, [batch, positions, config.hidden])
     attention = dialect.cached_attention(config)
     attention.inputs()
-    index = None if dialect.ends_in_hidden else graph.input("logits_index", I64, [batch])
+    rows = "rows" if isinstance(batch, str) else batch
+    index = None if dialect.ends_in_hidden else graph.input("logits_index", I64, [rows])
     x = dialect.enter(x, config.hidden)
     normed = first_norm(dialect, config, x, 0)
     for layer in progress.steps(range(layers)):
@@ -33,7 +34,7 @@ def build(graph: Graph, dialect, config: DecoderConfig, progress: Progress) -> N
         hidden = dialect.leave(normed, positions, config.hidden)
         graph.output(hidden, "hidden_states", dialect.dtype, [batch, positions, config.hidden])
     else:
-        graph.output(dialect.exact(dialect.linear(normed, HEAD)), "logits", F32, [batch, config.logits_width])
+        graph.output(dialect.exact(dialect.linear(normed, HEAD)), "logits", F32, [rows, config.logits_width])
     progress.step()
     attention.outputs()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .attention import ConcatAttention
+from .attention import ConcatAttention, KvScales
 from .config import DecoderConfig
 from .errors import ExportError
 from .graph import F16, F32, Graph
@@ -42,9 +42,11 @@ class Standard:
     """Operators of the standard ONNX domain only; weights f32; the cache grows by concatenation.
 
     `graph` takes the nodes; `checkpoint` gives the tensors, by their canonical names. What a subclass changes:
-    `dtype` of weights and activations, `wide_stream` (of f16 decoders, what layers carry and the norms over it stay f32), `batch` (a name where it varies), `kv_form`, `chunk` (positions of one run of a
-    decoder whose cache has a fixed size, unless the user asks for others) and `ends_in_hidden` (the decoder stops
-    after its last norm and a head follows).
+    `dtype` of weights and activations, `wide_stream` (of f16 decoders, what layers carry and the norms over it stay
+    f32), `batch` (a name where it varies), `kv_form`, `kv_dtype` (of the cache, unless it is that of the activations),
+    `chunk` (positions of one run of a decoder whose cache has a fixed size, unless the user asks for others) and
+    `ends_in_hidden` (the decoder stops after its last norm and a head follows). `kv_scales` are those of a cache of
+    int8.
     """
 
     # 20 has Gelu, and is the last that DirectML reads.
@@ -54,6 +56,7 @@ class Standard:
     wide_stream = False
     batch: str | int = "batch"
     kv_form = "concat"
+    kv_dtype: ir.DataType | None = None
     chunk: int | None = None
     ends_in_hidden = False
 
@@ -63,6 +66,7 @@ class Standard:
         self.checkpoint = checkpoint
         self.options = quantize or QuantizeOptions()
         self.window = window
+        self.kv_scales: KvScales | None = None
 
     def has(self, tensor: str) -> bool:
         """Whether the checkpoint has the tensor."""
@@ -169,20 +173,27 @@ class Standard:
         group = shape.heads // shape.kv_heads
         if group > 1:
             q = op.Reshape(q, [0, shape.kv_heads, -1, shape.head_dim])
-        q = op.Mul(self.exact(q), [shape.head_dim**-0.5])
-        scores = op.MatMul(q, self.exact(op.Transpose(k, perm=[0, 1, 3, 2])))
-        if mask is not None:
-            scores = op.Add(scores, mask)
-        mixed = op.MatMul(self.rounded(op.Softmax(scores, axis=-1)), v)
+        mixed = op.MatMul(self.rounded(self.weights(q, k, shape, mask)), v)
         if group > 1:
             mixed = op.Reshape(mixed, [0, shape.heads, -1, shape.head_dim])
         return self.merge(mixed, shape.heads * shape.head_dim)
 
+    def weights(self, q: ir.Value, k: ir.Value, shape: HeadShape, mask: ir.Value | None = None) -> ir.Value:
+        """How much each query attends to each key, f32 [batch, heads, queries, keys]; as many heads on both sides."""
+        op = self.op
+        q = op.Mul(self.exact(q), [shape.head_dim**-0.5])
+        scores = op.MatMul(q, self.exact(op.Transpose(k, perm=[0, 1, 3, 2])))
+        return op.Softmax(scores if mask is None else op.Add(scores, mask), axis=-1)
+
+    def mean(self, x: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """The mean over `axes` of `x`, which are then gone."""
+        return self.op.ReduceMean(x, list(axes), keepdims=0)
+
     def pick(self, x: ir.Value, rows: ir.Value) -> ir.Value:
-        """Of `x` [batch, positions, width], position `rows` [batch] of each row: [batch, width]."""
+        """Of `x` [batch, positions, width], positions `rows` [rows], counted over the whole batch: [rows, width]."""
         if self.batch == 1:
             return self.op.Squeeze(self.op.Gather(x, rows, axis=1), [0])
-        return self.op.GatherND(x, self.op.Unsqueeze(rows, [1]), batch_dims=1)
+        return self.op.Gather(self.op.Flatten(x, axis=2), rows, axis=0)
 
     def cached_attention(self, config: DecoderConfig) -> ConcatAttention:
         """The decoder's attention with the cache of this dialect."""

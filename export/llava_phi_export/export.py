@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import embedding, manifest, variants, vision_variants
+from . import embedding, kv_scales, manifest, variants, vision_variants
+from .attention import KvScales
+from .calibration import Calibration
 from .config import ModelConfig
 from .dialect import Window
 from .errors import ExportError
 from .goldens import FILE, Goldens
-from .graph import Graph
+from .graph import I8, Graph, share_data
 from .package import new_package
 from .progress import Progress
 from .quantize import QuantizeOptions
@@ -30,7 +32,8 @@ class ExportOptions:
     """What is exported and how. A graph whose weights are smaller than `inline_limit` bytes is one file.
 
     `capacity` and `chunk` are the positions of a cache of fixed size and of one run of its decoder; None leaves them to
-    the model's context and to the variant. `calibration` is a directory of pictures for `nnapi-u8`.
+    the model's context and to the variant. `calibration` is a directory of pictures that show which
+    numbers occur, for `nnapi-u8` and for caches of int8.
     """
 
     variants: tuple[str, ...] = ("cpu-int4",)
@@ -57,6 +60,10 @@ def export(checkpoint, target: Path, options: ExportOptions, progress: Progress)
         dtype = embedding.write(write.add("embeddings.bin"), checkpoint)
         table = embedding.read(root / "embeddings.bin", dtype, checkpoint)
         golden = Goldens(checkpoint, table, progress)
+        if any(VARIANTS[name].decoder.kv_dtype == I8 for name in VARIANTS if name in options.variants):
+            pictures = Calibration(options.calibration, config.image)
+            progress.note(pictures.note("the cache of int8"))
+            write.kv_scales = kv_scales.measure(checkpoint, table, pictures, progress)
         del table  # an open mapping keeps Windows from moving the package
         goldens = golden.write(write.add(FILE))
         built = {}
@@ -96,6 +103,7 @@ class _Writer:
         self.root, self._checkpoint, self.options, self.progress = root, checkpoint, options, progress
         self.files: list[Path] = []
         self._specs: dict[Path, dict] = {}
+        self.kv_scales: KvScales | None = None
 
     def add(self, relative: str) -> Path:
         """The path of a file that is about to be written."""
@@ -116,7 +124,7 @@ class _Writer:
         if path not in self._specs:
             path.parent.mkdir(exist_ok=True)
             self.progress.start(path.relative_to(self.root).with_suffix("").as_posix(), 1)
-            files = make()
+            files = share_data(make())
             self.progress.finish()
             self.files += files
             self._specs[path] = manifest.graph_spec(self.root, files)
@@ -129,7 +137,9 @@ class _Writer:
         limit = self.options.inline_limit
         graph = Graph(component, path, opset=dialect.opset, contrib=dialect.contrib, inline_limit=limit)
         self.progress.total(build_steps(component, config))
-        build(graph, dialect(graph, self._checkpoint, self.options.quantize, window), config, self.progress)
+        speaks = dialect(graph, self._checkpoint, self.options.quantize, window)
+        speaks.kv_scales = self.kv_scales
+        build(graph, speaks, config, self.progress)
         return graph.save()
 
 

@@ -13,6 +13,7 @@ from .config import ModelConfig
 from .errors import ExportError
 from .pattern import pattern, pixel_values
 from .progress import Progress
+from .vision_encoder import ATTENTION
 
 FILE = "goldens.safetensors"
 _IMAGE_ROWS = 16
@@ -73,7 +74,7 @@ class Goldens:
         ask = prompt(config)
         progress.start("goldens", config.vision.used_layers + config.decoder.layers + 3)
         pixels = pixel_values(pattern(config.image.size), config.image)
-        features = stages.patch_features(checkpoint, pixels, progress)
+        features, attention = stages.patch_features(checkpoint, pixels, progress)
         images = stages.image_embeds(checkpoint, features)
         progress.step()
         before, after, following = (table[ids].astype(np.float32) for ids in (ask.before, ask.after, ask.next))
@@ -90,6 +91,8 @@ class Goldens:
             "next_tokens": ask.next,
             "logits": stages.logits(checkpoint, self._hidden),
         }
+        if attention is not None:
+            self.tensors[ATTENTION] = attention
         progress.finish()
 
     def logits(self, checkpoint, progress: Progress) -> np.ndarray:

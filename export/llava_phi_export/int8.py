@@ -1,4 +1,4 @@
-"""The dialect of `cpu-int8`: matrices of 8 bits with one scale for 32 numbers, multiplied by rounded activations."""
+"""The dialect of `cpu-int8`: matrices of 8 bits with one scale for 128 numbers, multiplied by rounded activations."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ class Int8(Contrib):
 
     def __init__(self, graph, checkpoint, *_):
         # The options that the user may give are those of the decoder.
-        super().__init__(graph, checkpoint, QuantizeOptions(block_size=32, accuracy_level=4, method="rtn"))
+        super().__init__(graph, checkpoint, QuantizeOptions(block_size=128, accuracy_level=4))

@@ -1,4 +1,4 @@
-"""The manifest: what a package holds and how its graphs are driven, as the engine's format 2 spells it."""
+"""The manifest: what a package holds and how its graphs are driven, as the engine's format 3 spells it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from .config import ModelConfig
 from .errors import ExportError
 from .serve import orders
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 
 _DTYPES = {
     onnx.TensorProto.FLOAT: "f32",
     onnx.TensorProto.FLOAT16: "f16",
+    onnx.TensorProto.INT8: "i8",
     onnx.TensorProto.INT32: "i32",
     onnx.TensorProto.INT64: "i64",
 }
@@ -107,12 +108,14 @@ def file_table(root: Path, files: Iterable[Path]) -> dict[str, dict]:
 
 
 def write(root: Path, content: dict) -> None:
-    """Writes `manifest.json`; a package without it does not open, so it comes last."""
-    with open(root / NAME, "w", encoding="utf-8") as file:
+    """Writes `manifest.json`, whole or not at all; a package without it does not open, so it comes last."""
+    partial = root / f"{NAME}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+    partial.replace(root / NAME)
 
 
 def _tensor_spec(value: onnx.ValueInfoProto) -> dict:

@@ -67,6 +67,9 @@ class Nnapi(Fixed):
     def heads(self, x, heads, head_dim):
         return self.op.Transpose(self.op.Reshape(x, [1, -1, heads, head_dim]), perm=[0, 2, 1, 3])
 
+    def mean(self, x, axes):
+        return self.op.ReduceMean(x, axes=list(axes), keepdims=0)
+
     def merge(self, x, width):
         return self.op.Reshape(self.op.Transpose(x, perm=[0, 2, 1, 3]), [-1, width])
 

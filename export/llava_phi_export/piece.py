@@ -35,16 +35,18 @@ class _FedGraph:
         return self.weight(name, np.concatenate(list(parts)).astype(dtype, copy=False).reshape(shape))
 
 
-def run(checkpoint, build: Callable[[Standard], None], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+def run(
+    checkpoint, build: Callable[[Standard], None], inputs: dict[str, np.ndarray], dialect: type[Standard] = Standard
+) -> list[np.ndarray]:
     """Outputs of what `build` makes with the dialect that it is given, on the CPU; weights are freed when it is done.
 
-    `build` declares inputs and outputs; `inputs` are their values by name.
+    `build` declares inputs and outputs; `inputs` are their values by name; `dialect` keeps to standard operators.
     """
     with tempfile.TemporaryDirectory(prefix="llava-phi-export-") as folder:
         path = Path(folder) / "piece.onnx"
         graph = Graph("piece", path, opset=Standard.opset, contrib=False, inline_limit=1 << 20)
         fed = _FedGraph(graph)
-        build(Standard(fed, checkpoint))
+        build(dialect(fed, checkpoint))
         graph.save()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3

@@ -73,6 +73,14 @@ class Reference:
         return features.numpy()
 
     @torch.no_grad()
+    def cls_attention(self, pixel_values: np.ndarray) -> np.ndarray:
+        """[batch, 3, size, size] to [batch, tokens_per_image]: how the class token attends in the last used layer."""
+        vision = self.config.vision
+        output = self.vision(torch.from_numpy(pixel_values), output_attentions=True)
+        attention = output.attentions[vision.used_layers - 1][:, :, 0].mean(1)
+        return (attention[:, 1:] if vision.select_feature == "patch" else attention).numpy()
+
+    @torch.no_grad()
     def image_embeds(self, patch_features: np.ndarray) -> np.ndarray:
         """[batch, patches, vision.hidden] to [batch, patches, decoder.hidden]."""
         return self.projector(torch.from_numpy(np.ascontiguousarray(patch_features))).numpy()

@@ -11,6 +11,7 @@ import onnxruntime
 from .caches import FORMS, NUMPY, Cache
 from .config import CheckpointError
 from .manifest import FORMAT
+from .vision_encoder import ATTENTION
 
 
 class Package:
@@ -111,6 +112,12 @@ class Runner:
         """[batch, 3, size, size] to [batch, tokens_per_image, vision.hidden], f32."""
         return self._rows("vision_encoder", "pixel_values", pixel_values, "patch_features")
 
+    def cls_attention(self, pixel_values: np.ndarray) -> np.ndarray | None:
+        """[batch, 3, size, size] to [batch, tokens_per_image], f32, of an encoder that gives it."""
+        if ATTENTION not in self.package.graphs(self.variant, "vision_encoder")["outputs"]:
+            return None
+        return self._rows("vision_encoder", "pixel_values", pixel_values, ATTENTION)
+
     def image_embeds(self, patch_features: np.ndarray) -> np.ndarray:
         """[batch, patches, vision.hidden] to [batch, patches, decoder.hidden], f32."""
         return self._rows("projector", "patch_features", patch_features, "image_embeds")
@@ -139,7 +146,7 @@ class Runner:
         return np.stack(logits)
 
     def _rows(self, component: str, source: str, values: np.ndarray, result: str) -> np.ndarray:
-        """Runs a graph of one input and one output, row by row where it takes no more; values are f32 outside."""
+        """Runs a graph of one input for one output, row by row where it takes no more; values are f32 outside."""
         spec = self.package.graphs(self.variant, component)["inputs"][source]
         values = np.ascontiguousarray(values, NUMPY[spec["dtype"]])
         parts = [values] if isinstance(spec["shape"][0], str) else [values[row : row + 1] for row in range(len(values))]

@@ -11,11 +11,11 @@ import numpy as np
 from . import decoder, projector, vision_encoder
 from .attention import rotary_tables
 from .config import DecoderConfig, ModelConfig
-from .contrib import Contrib, ContribHalf, FusedHalf
+from .contrib import Contrib, ContribHalf, ContribInt8Kv, FusedHalf
 from .dialect import Half, Standard, Window
 from .errors import ExportError
 from .fixed import FixedHalf, TensorRtDelta, TensorRtScatter
-from .graph import F16
+from .graph import F16, F32, I8
 from .nnapi import Nnapi
 
 
@@ -29,7 +29,8 @@ class Recipe:
 
 # Best first.
 VARIANTS = {
-    "cpu-int4": Recipe(Standard, Contrib),
+    "cpu-int4": Recipe(Standard, ContribInt8Kv),
+    "cpu-int4-kv-f32": Recipe(Standard, Contrib),
     "cuda-int4": Recipe(Half, ContribHalf),
     "cuda-fp16": Recipe(Half, FusedHalf),
     "tensorrt-fp16": Recipe(FixedHalf, TensorRtScatter),
@@ -40,6 +41,9 @@ VARIANTS = {
     "portable-f32": Recipe(Standard, Standard),
 }
 SHARED = "shared"
+# A decoder whose weights are those of another variant lies beside that one's, so that one data file serves both.
+_BESIDE = {"cpu-int4-kv-f32": Path("cpu-int4", "decoder_kv_f32")}
+_DTYPES = {F32: "f32", F16: "f16", I8: "i8"}
 # What graphs of one dialect add to their file's name where several variants share them.
 _LABELS = {Standard: "", Half: "_f16", FixedHalf: "_f16_fixed"}
 
@@ -82,7 +86,7 @@ def window_of(dialect: type[Standard], config: DecoderConfig, capacity: int | No
 
 def kv_spec(dialect: type[Standard], window: Window | None) -> dict:
     """How the cache of a decoder is kept, as the manifest says it."""
-    spec = {"form": dialect.kv_form, "dtype": "f16" if dialect.dtype == F16 else "f32"}
+    spec = {"form": dialect.kv_form, "dtype": _DTYPES[dialect.kv_dtype or dialect.dtype]}
     return spec if window is None else {**spec, "capacity": window.capacity, "chunk": window.chunk}
 
 
@@ -101,6 +105,8 @@ def write_rotary(path: Path, config: DecoderConfig) -> dict:
 
 def _place(name: str, component: str, dialect: type[Standard]) -> Path:
     """The graph's file, below the package and without its extension."""
+    if component == "decoder" and name in _BESIDE:
+        return _BESIDE[name]
     users = [
         recipe
         for recipe in VARIANTS.values()

@@ -1,4 +1,4 @@
-"""The vision encoder's graph: pixel values to the patch features of the selected layer."""
+"""The vision encoder's graph: pixel values to the patch features of the selected layer, and who was looked at."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from .dialect import HeadShape
 from .graph import Graph
 from .progress import Progress
 
+# The output by which visual tokens are chosen.
+ATTENTION = "cls_attention"
+
 
 def build(graph: Graph, dialect, config: VisionConfig, progress: Progress) -> None:
-    """Builds the encoder into `graph`; the selected layer's output leaves without a last norm."""
+    """Builds the encoder into `graph`; the selected layer's output leaves without a last norm.
+
+    The class token's attention in that layer leaves beside it, unless no layer is used.
+    """
     layers = config.used_layers
     pixels = graph.input("pixel_values", dialect.dtype, [dialect.batch, 3, config.image_size, config.image_size])
     x = embed(pixels, dialect, config)
-    normed = first_norm(dialect, config, x, 0) if layers else None
+    normed, attention = first_norm(dialect, config, x, 0) if layers else None, None
     for layer in progress.steps(range(layers)):
         with graph.scope(f"layers.{layer}"):
-            x, normed = block(dialect, config, x, normed, layer, last=layer + 1 == layers)
+            x, normed, attention = block(dialect, config, x, normed, layer, last=layer + 1 == layers)
     shape = [dialect.batch, config.tokens_per_image, config.hidden]
     graph.output(selected(dialect, config, x), "patch_features", dialect.dtype, shape)
+    if attention is not None:
+        graph.output(attention, ATTENTION, dialect.dtype, shape[:2])
 
 
 def first_norm(dialect, config: VisionConfig, x: ir.Value, layer: int) -> ir.Value:
@@ -30,16 +38,19 @@ def first_norm(dialect, config: VisionConfig, x: ir.Value, layer: int) -> ir.Val
 
 def block(
     dialect, config: VisionConfig, x: ir.Value, normed: ir.Value, layer: int, *, last: bool
-) -> tuple[ir.Value, ir.Value | None]:
-    """One layer over `x` and its norm; returns its output and, unless it is the `last`, the next layer's norm of it."""
+) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+    """One layer over `x` and its norm; returns its output and the next layer's norm of it.
+
+    Of the `last` layer there is no next norm, but the class token's attention.
+    """
     prefix, eps = f"vision.layers.{layer}", config.norm_eps
-    mixed = _attention(normed, dialect, prefix, config)
+    mixed, attention = _attention(normed, dialect, prefix, config, watched=last)
     x, normed = dialect.add_norm(x, [mixed], f"{prefix}.layer_norm2", eps)
     wide = dialect.activation(dialect.linear(normed, f"{prefix}.fc1"), config.activation)
     narrow = dialect.linear(wide, f"{prefix}.fc2")
     if last:
-        return dialect.op.Add(x, narrow), None
-    return dialect.add_norm(x, [narrow], f"vision.layers.{layer + 1}.layer_norm1", eps)
+        return dialect.op.Add(x, narrow), None, attention
+    return *dialect.add_norm(x, [narrow], f"vision.layers.{layer + 1}.layer_norm1", eps), None
 
 
 def selected(dialect, config: VisionConfig, x: ir.Value) -> ir.Value:
@@ -61,10 +72,23 @@ def embed(pixels: ir.Value, dialect, config: VisionConfig) -> ir.Value:
     return dialect.layer_norm(dialect.enter(x, config.hidden), "vision.pre_layernorm", config.norm_eps)
 
 
-def _attention(x: ir.Value, dialect, prefix: str, config: VisionConfig) -> ir.Value:
+def _attention(
+    x: ir.Value, dialect, prefix: str, config: VisionConfig, *, watched: bool
+) -> tuple[ir.Value, ir.Value | None]:
     shape = HeadShape(config.heads, config.heads, config.hidden // config.heads)
     q, k, v = (
         dialect.heads(dialect.linear(x, f"{prefix}.{part}"), shape.heads, shape.head_dim)
         for part in ("q_proj", "k_proj", "v_proj")
     )
-    return dialect.linear(dialect.attend(q, k, v, shape), f"{prefix}.out_proj")
+    mixed = dialect.linear(dialect.attend(q, k, v, shape), f"{prefix}.out_proj")
+    return mixed, _class_attention(dialect, config, q, k, shape) if watched else None
+
+
+def _class_attention(dialect, config: VisionConfig, q: ir.Value, k: ir.Value, shape: HeadShape) -> ir.Value:
+    """How much the class token looks at each row of the patch features, the mean over the heads: [batch, rows]."""
+    # Its one query again, so that what computes the attention of all of them may be fused.
+    query = dialect.op.Slice(q, [0], [1], [2])
+    weights = dialect.weights(query, k, shape)
+    if config.select_feature == "patch":
+        weights = dialect.op.Slice(weights, [1], [config.patches + 1], [3])
+    return dialect.rounded(dialect.mean(weights, [1, 2]))

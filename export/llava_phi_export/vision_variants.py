@@ -25,7 +25,7 @@ def build(name: str, writer, config: ModelConfig, calibration: Path | None) -> d
             "projector": writer.graph(INT8, "projector", Int8, project, config.projector),
         }
     pictures = Calibration(calibration, config.image)
-    writer.progress.note(pictures.note)
+    writer.progress.note(pictures.note(U8))
     target = writer.root / U8 / "vision_encoder.onnx"
 
     def make() -> list[Path]:

@@ -22,7 +22,7 @@ from llava_phi_export.samples import picture, samples
 from llava_phi_export.variants import VARIANTS as EVERY
 
 SAMPLES, TOKENS = 20, 64
-VARIANTS = ["portable-f32", "cpu-int4"]
+VARIANTS = ["portable-f32", "cpu-int4", "cpu-int4-kv-f32"]
 
 
 @pytest.fixture(scope="session")
@@ -50,16 +50,16 @@ def reports(package, checkpoint, variants=VARIANTS, count=SAMPLES, tokens=TOKENS
 
 @pytest.mark.parametrize("preset", ODD_SHAPES)
 def test_a_package_of_an_odd_shape_equals_pytorch(checkpoints, packages, preset):
-    cases, (portable, few_bits) = reports(packages(preset), checkpoints(preset))
-    print(as_text([portable, few_bits], len(cases), TOKENS))
+    cases, (portable, few_bits, f32_cache) = reports(packages(preset), checkpoints(preset))
+    print(as_text([portable, few_bits, f32_cache], len(cases), TOKENS))
     assert [part.stage for part in portable.differences] == [
-        "pixel_values", "patch_features", "image_embeds", "embeds", "logits", "logits, each step",
+        "pixel_values", "patch_features", "cls_attention", "image_embeds", "embeds", "logits", "logits, each step",
     ]  # fmt: skip
     for part in portable.differences:
         assert max(part.max_rel, part.l2_rel) <= part.tolerance <= 1e-4, part
     (answers,) = portable.answers
     assert (answers.answers, answers.equal, answers.tokens) == (SAMPLES, SAMPLES, SAMPLES * TOKENS)
-    assert few_bits.ok
+    assert few_bits.ok and f32_cache.ok
     # Most tokens survive int8 activations; near ties may not.
     assert few_bits.answers[1].equal_tokens > 0.95 * few_bits.answers[1].tokens
 
@@ -73,21 +73,21 @@ def test_every_variant_is_within_its_stated_tolerance(checkpoints, packages, pre
     for report in found:
         assert report.ok, report
         stages = {part.stage: part for part in report.differences}
-        few_bits = report.variant.endswith("int4") or "head" in Package(package).manifest["variants"][report.variant]
+        few_bits = "int4" in report.variant or "head" in Package(package).manifest["variants"][report.variant]
         assert ("logits, same weights" in stages) == few_bits
         assert stages["patch_features"].tolerance == (
             1e-2 if report.variant.endswith("16") or report.variant == "cuda-int4" else 1e-4
         )
-        # Beside the weights that the graph holds only near ties differ.
-        assert report.answers[-1].equal_tokens >= 0.95 * report.answers[-1].tokens
+        # Beside the weights that the graph holds only near ties differ, those of a cache of int8 among them.
+        assert report.answers[-1].equal_tokens >= 0.9 * report.answers[-1].tokens
 
 
 def test_dequantised_weights_are_those_that_the_graph_uses(checkpoints, packages):
     """Without the rounding of activations nothing but the order of sums is left."""
-    for quantizer in ("rtn", "k_quant"):
+    for quantizer in ("search", "k_quant"):
         for bits in ("4", "8"):
             package = packages("small", "--accuracy-level", "1", "--quantizer", quantizer, "--lm-head-bits", bits)
-            _, (report,) = reports(package, checkpoints(), ["cpu-int4"], 4, 8)
+            _, (report,) = reports(package, checkpoints(), ["cpu-int4-kv-f32"], 4, 8)
             same = [part for part in report.differences if "same weights" in part.stage]
             assert len(same) == 2
             for part in same:
@@ -219,5 +219,5 @@ def test_a_graph_that_differs_from_its_manifest_is_refused(packages, tmp_path):
     with pytest.raises(CheckpointError, match="inputs differ from the manifest"):
         Package(directory).load("cpu-int4")
     edit(directory / "manifest.json", {"format": 1})
-    with pytest.raises(CheckpointError, match="format 1, this version reads 2"):
+    with pytest.raises(CheckpointError, match="format 1, this version reads 3"):
         Package(directory)

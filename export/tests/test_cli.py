@@ -24,19 +24,23 @@ def run(capsys, *words) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_the_default_is_the_fast_variant_and_stdout_is_the_package(source, tmp_path, capsys):
+def test_the_default_is_what_processors_need_and_stdout_is_the_package(source, tmp_path, capsys):
     code, out, err = run(capsys, source, tmp_path / "package", "--name", "mine")
     assert code == 0 and out == f"{tmp_path / 'package'}\n"
     assert [line.split()[0] for line in err.splitlines() if "note:" not in line] == [
         "goldens",
+        "ranges",
         "shared/vision_encoder",
         "shared/projector",
         "cpu-int4/decoder",
+        "cpu-int4/decoder_kv_f32",
+        "cpu-int8/vision_encoder",
+        "cpu-int8/projector",
         "cpu-int4/decoder",
         "hashes",
     ]
     manifest = json.loads((tmp_path / "package" / "manifest.json").read_text())
-    assert list(manifest["variants"]) == ["cpu-int4"] and manifest["name"] == "mine"
+    assert list(manifest["variants"]) == list(cli.DEFAULT_VARIANTS) and manifest["name"] == "mine"
 
 
 def test_variants_are_written_in_order_of_preference_whatever_order_they_are_named_in(source, tmp_path, capsys):

@@ -78,7 +78,13 @@ def test_the_manifest_has_the_fields_of_the_engines_schema_and_no_other(manifest
         "GoldenSpec": manifest["goldens"],
         "FileInfo": manifest["files"]["tokenizer.json"],
     }.items():
-        optional = {"DecoderSpec": {"rotary"}, "Variant": {"head"}, "KvSpec": {"capacity", "chunk"}}.get(name, set())
+        optional = {
+            "Manifest": {"snapshots"},
+            "VisionSpec": {"measured"},
+            "DecoderSpec": {"rotary"},
+            "Variant": {"head"},
+            "KvSpec": {"capacity", "chunk"},
+        }.get(name, set())
         assert set(value) == structs[name] - optional, name
     assert set(manifest["serve"]) == structs["Serve"] - {"head"}
 
@@ -100,17 +106,17 @@ def test_the_encoder_and_the_projector_are_stored_once(manifest):
 def test_a_decoder_declares_what_its_form_of_the_cache_needs(manifest):
     cache = ["batch", 4, "capacity", 32]
     shared = manifest["variants"]["cpu-int4"]["decoder"]
-    assert shared["kv"] == {"form": "shared", "dtype": "f32"}
+    assert shared["kv"] == {"form": "shared", "dtype": "i8"}
     assert shared["graph"]["inputs"] == {
         "inputs_embeds": {"dtype": "f32", "shape": ["batch", "new", 64]},
         "seqlens_k": {"dtype": "i32", "shape": ["batch"]},
         "total_sequence_length": {"dtype": "i32", "shape": []},
-        "logits_index": {"dtype": "i64", "shape": ["batch"]},
-        **{f"past_key_values.{i}.{k}": {"dtype": "f32", "shape": cache} for i in range(3) for k in ("key", "value")},
+        "logits_index": {"dtype": "i64", "shape": ["rows"]},
+        **{f"past_key_values.{i}.{k}": {"dtype": "i8", "shape": cache} for i in range(3) for k in ("key", "value")},
     }
     assert shared["graph"]["outputs"] == {
-        "logits": {"dtype": "f32", "shape": ["batch", 320]},
-        **{f"present.{i}.{k}": {"dtype": "f32", "shape": cache} for i in range(3) for k in ("key", "value")},
+        "logits": {"dtype": "f32", "shape": ["rows", 320]},
+        **{f"present.{i}.{k}": {"dtype": "i8", "shape": cache} for i in range(3) for k in ("key", "value")},
     }
     concat = manifest["variants"]["portable-f32"]["decoder"]
     assert concat["kv"] == {"form": "concat", "dtype": "f32"}
@@ -191,7 +197,7 @@ def test_the_portable_package_answers_as_the_reference_does(source, package, man
     for _ in range(3):
         pixels = random.standard_normal((1, 3, size, size), dtype=np.float32)
         before, after = random.integers(0, 300, 4), random.integers(0, 300, 5)
-        (features,) = vision.run(None, {"pixel_values": pixels})
+        (features,) = vision.run(["patch_features"], {"pixel_values": pixels})
         (image,) = project.run(None, {"patch_features": features})
         expected = torch_reference.project(memory, torch_reference.vision(memory, pixels))
         assert np.abs(image - expected).max() < 1e-5 * np.abs(expected).max()

@@ -65,7 +65,9 @@ def test_goldens_equal_pytorch(packages, name):
         ids = [tensors["tokens_before"], np.concatenate([tensors["tokens_after"], tensors["next_tokens"]])]
         embeds = reference.embeds(ids, images[:, : manifest["goldens"]["image_rows"]])
         logits = reference.logits(embeds)[-len(tensors["logits"]) :]
+        attention = reference.cls_attention(tensors["pixel_values"])
     assert distance(tensors["patch_features"], features) < 1e-4
+    assert distance(tensors["cls_attention"], attention) < 1e-4
     assert distance(tensors["image_embeds"], images) < 1e-4
     assert max(map(distance, tensors["logits"], logits)) < 1e-4
 
@@ -80,6 +82,8 @@ def test_every_variant_is_within_its_tolerance(packages, name):
         if "vision_encoder" in parts:
             features = found.patch_features(tensors["pixel_values"])
             assert distance(features, tensors["patch_features"]) <= tolerance["patch_features"]
+            attention = found.cls_attention(tensors["pixel_values"])
+            assert distance(attention, tensors["cls_attention"]) <= tolerance["cls_attention"]
         if "projector" in parts:
             images = found.image_embeds(tensors["patch_features"])
             assert distance(images, tensors["image_embeds"]) <= tolerance["image_embeds"]
@@ -103,6 +107,7 @@ def test_goldens_have_the_shapes_of_the_schema(packages):
     assert {name: (tensor.dtype.name, *tensor.shape) for name, tensor in tensors.items() if "tokens" not in name} == {
         "pixel_values": ("float32", 1, 3, size, size),
         "patch_features": ("float32", 1, patches, vision["hidden"]),
+        "cls_attention": ("float32", 1, patches),
         "image_embeds": ("float32", 1, patches, decoder["hidden"]),
         "logits": ("float32", 3, decoder["logits_width"]),
     }
@@ -205,7 +210,7 @@ def test_a_layer_that_adds_nothing_is_twice_as_far_as_any_tolerance(packages, tm
             assert max(map(distance, logits, golden["logits"])) > 2 * limits["logits"]
         for layer in range(checkpoint.config.vision.used_layers):
             broken = Broken(checkpoint, f"vision.layers.{layer}")
-            features = stages.patch_features(broken, golden["pixel_values"], Progress(None))
+            features, _ = stages.patch_features(broken, golden["pixel_values"], Progress(None))
             assert distance(features, golden["patch_features"]) > 2 * limits["patch_features"]
 
 

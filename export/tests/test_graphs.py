@@ -43,8 +43,13 @@ def test_the_vision_encoder_gives_the_selected_hidden_state_of_clip(tmp_path, ch
     graph = tiny.session(tiny.export_graph(tmp_path, source, "vision_encoder"))
     size = source.config.vision.image_size
     pixels = np.random.default_rng(2).standard_normal((2, 3, size, size), dtype=np.float32)
-    (features,) = graph.run(["patch_features"], {"pixel_values": pixels})
+    names = [output.name for output in graph.get_outputs()]
+    features, *attention = graph.run(names, {"pixel_values": pixels})
     assert difference(features, torch_reference.vision(source, pixels)) < F32
+    # Without a layer nobody attends to anything.
+    assert names == ["patch_features", "cls_attention"][: 1 + bool(source.config.vision.used_layers)]
+    for weights in attention:
+        assert difference(weights, torch_reference.cls_attention(source, pixels)) < F32
 
 
 def test_layers_after_the_selected_one_are_not_exported(tmp_path):
@@ -131,6 +136,24 @@ def test_one_prefill_equals_chunks_and_single_steps(tmp_path, changes, dialect):
     assert difference(last([6, 4, 3]), whole) < F32
     assert difference(last([8, 1, 1, 1, 1, 1]), whole) < F32
     assert difference(last([1] * 13), whole) < F32
+
+
+@pytest.mark.parametrize("dialect", [Standard, Contrib])
+def test_logits_of_several_positions_in_one_run_equal_those_of_single_steps(tmp_path, dialect):
+    source = tiny.checkpoint()
+    config = source.config.decoder
+    path = tiny.export_graph(tmp_path, source, "decoder", dialect, QuantizeOptions(accuracy_level=1))
+    x = embeds(config, 1, 13)
+
+    def driver():
+        return tiny.Concat(path, config) if dialect is Standard else tiny.Shared(path, config, 20)
+
+    alone, together = driver(), driver()
+    single = np.concatenate([alone.run(x[:, [at]]) for at in range(13)])
+    together.run(x[:, :8])
+    assert difference(together.run(x[:, 8:], index=[0, 1, 2, 3, 4]), single[8:]) < F32
+    picked = driver().run(x, index=[12, 3, 3])
+    assert difference(picked, single[[12, 3, 3]]) < F32
 
 
 @pytest.mark.parametrize("changes", SHAPES)

@@ -23,6 +23,7 @@ from llava_phi_export.progress import Progress
 from llava_phi_export.quantize import QuantizeOptions
 from llava_phi_export.runner import Package
 from llava_phi_export.synthesize import synthesize
+from llava_phi_export.tolerances import ATTENTION_FACTOR
 from llava_phi_export.variants import VARIANTS, window_of
 
 CAPACITY, CHUNK = 40, 8
@@ -30,10 +31,18 @@ CAPACITY, CHUNK = 40, 8
 MINIATURE = Path(__file__).parents[2] / "models" / "tiny" / "checkpoint"
 SHAPES = (*ODD_SHAPES, "tiny")
 
-# Relative L2 distance to portable-f32: f32 in another order; f16 of a few layers; matrices of 4 bits, of 8 bits.
-F32, F16, INT4, INT8 = 1e-5, 2e-3, 0.2, 1.5e-2
-BEFORE = {"cpu-int4": 0.0, "nnapi-fp32": F32, "portable-f32": 0.0}
-LOGITS = {"cpu-int4": INT4, "cuda-int4": INT4, "coreml-fp16": INT8, "qnn-fp16": INT8, "nnapi-fp32": INT8}
+# Relative L2 distance to portable-f32: f32 in another order; f16 of a few layers; matrices of 4 bits in blocks of 128 (0.26
+# where the trained miniature reads noise), of 8 bits.
+F32, F16, INT4, INT8 = 1e-5, 2e-3, 0.3, 1.5e-2
+BEFORE = {"cpu-int4": 0.0, "cpu-int4-kv-f32": 0.0, "nnapi-fp32": F32, "portable-f32": 0.0}
+LOGITS = {
+    "cpu-int4": INT4,
+    "cpu-int4-kv-f32": INT4,
+    "cuda-int4": INT4,
+    "coreml-fp16": INT8,
+    "qnn-fp16": INT8,
+    "nnapi-fp32": INT8,
+}
 HALF_DECODERS = [Half, FusedHalf, ContribHalf, FixedHalf, TensorRtScatter, TensorRtDelta]
 
 # How the positions of one full cache are cut: whole, in chunks, across chunks, one by one at the end.
@@ -69,6 +78,7 @@ class Exported:
         self.others = random.standard_normal((1, CAPACITY, hidden), dtype=np.float32)
         base = self.package.load("portable-f32", 1)
         self.features = base.patch_features(self.pixels)
+        self.attention = base.cls_attention(self.pixels)
         self.images = base.image_embeds(self.features)
         self.logits = self.all_logits("portable-f32", self.embeds)
 
@@ -97,6 +107,7 @@ def test_the_stages_before_the_decoder_are_near_the_portable_ones(exported, shap
     model = exported(shape)
     runner, limit = model.package.load(variant, 1), BEFORE.get(variant, F16)
     assert distance(runner.patch_features(model.pixels), model.features) <= limit
+    assert distance(runner.cls_attention(model.pixels), model.attention) <= ATTENTION_FACTOR * limit
     assert distance(runner.image_embeds(model.features), model.images) <= limit
 
 
@@ -137,7 +148,7 @@ def test_what_was_read_and_cut_off_does_not_matter(exported, shape, variant):
 def test_few_bits_and_heads_apart_cost_no_more_than_their_rounding(exported, shape):
     """The same 4-bit weights in f16 and in f32; the decoders that end in hidden states with an exact head."""
     model = exported(shape)
-    expected = model.all_logits("cpu-int4", model.embeds)
+    expected = model.all_logits("cpu-int4-kv-f32", model.embeds)
     assert distance(model.package.load("cuda-int4", 1).cache(CAPACITY).step(model.embeds)[0], expected[-1]) <= F16
     for variant, limit in (("coreml-fp16", F16), ("qnn-fp16", F16), ("nnapi-fp32", F32)):
         runner = model.package.load(variant, 1)
@@ -204,7 +215,7 @@ def test_what_a_decoder_declares_is_what_its_form_of_the_cache_promises(exported
         kv, inputs, outputs = io(variant)
         assert kv == {"form": "shared", "dtype": "f16"}
         assert inputs["past_key_values.0.key"][0] == inputs["inputs_embeds"][0] == "f16"
-        assert outputs["logits"] == ("f32", ["batch", sizes["logits_width"]])
+        assert outputs["logits"] == ("f32", ["rows", sizes["logits_width"]])
     tables = model.package.rotary()
     assert np.allclose(tables[0] ** 2 + tables[1] ** 2, 1, atol=1e-6) and len(tables[0]) == sizes["context"]
 

@@ -52,7 +52,7 @@ def test_eight_bits_turn_no_patch_by_more_than_a_degree_or_two(packages, preset)
         assert ((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).min() > cosine
 
 
-def test_every_matrix_of_cpu_int8_has_eight_bits_and_the_file_a_third_of_the_size(packages):
+def test_every_matrix_of_cpu_int8_has_eight_bits_in_blocks_of_128(packages):
     package = packages("small")
     for component, matrices in (("vision_encoder", 6 * 2), ("projector", 2)):
         model = onnx.load(package / "cpu-int8" / f"{component}.onnx")
@@ -60,11 +60,12 @@ def test_every_matrix_of_cpu_int8_has_eight_bits_and_the_file_a_third_of_the_siz
         assert len(nodes) == matrices
         for node in nodes:
             attributes = {attribute.name: attribute.i for attribute in node.attribute}
-            assert (attributes["bits"], attributes["block_size"], attributes["accuracy_level"]) == (8, 32, 4)
+            assert (attributes["bits"], attributes["block_size"], attributes["accuracy_level"]) == (8, 128, 4)
         held = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
         f32 = onnx.load(package / "shared" / f"{component}.onnx")
-        # The patch embedding stays f32; in the original it is 0.2 % of the encoder, here much.
-        assert held < 0.5 * sum(len(tensor.raw_data) for tensor in f32.graph.initializer)
+        # The patch embedding stays f32, and rows are padded to whole blocks; in the original the former is 0.2 % of the
+        # encoder and all rows are whole, here both are much.
+        assert held < 0.7 * sum(len(tensor.raw_data) for tensor in f32.graph.initializer)
 
 
 def test_the_graph_for_nnapi_holds_u8_matrices_and_static_shapes(packages):

@@ -93,12 +93,13 @@ def session(path: Path) -> ort.InferenceSession:
 
 
 def export_graph(
-    folder: Path, source: MemoryCheckpoint, component: str, dialect=Standard, options=None, window=WINDOW
+    folder: Path, source: MemoryCheckpoint, component: str, dialect=Standard, options=None, window=WINDOW, scales=None
 ) -> Path:
     """Exports one component and returns its path; `window` is for the dialects whose cache has a fixed size."""
     path, config = folder / f"{component}.onnx", source.config
     graph = Graph(component, path, opset=dialect.opset, contrib=dialect.contrib, inline_limit=1 << 20)
     speaker = dialect(graph, source, options, window)
+    speaker.kv_scales = scales
     match component:
         case "vision_encoder":
             vision_encoder.build(graph, speaker, config.vision, Progress(None))
@@ -134,7 +135,7 @@ class Concat:
                 "inputs_embeds": embeds,
                 "position_ids": np.tile(positions, (batch, 1)),
                 "attention_mask": np.tile(mask, (batch, 1, 1, 1)),
-                "logits_index": np.full(batch, new - 1) if index is None else np.asarray(index, np.int64),
+                "logits_index": np.arange(batch) * new + (new - 1 if index is None else np.asarray(index, np.int64)),
                 **self.past,
             },
         )
@@ -150,22 +151,28 @@ class Shared:
     def __init__(self, path: Path, config: DecoderConfig, capacity: int, batch: int = 1):
         self.graph, self.lengths, self.capacity = session(path), np.zeros(batch, np.int32), capacity
         shape = (batch, config.kv_heads, capacity, config.head_dim)
+        types = {value.name: value.type for value in self.graph.get_inputs()}
         # Rows that were never written must not matter.
+        rows = (
+            np.full(shape, 77, np.int8) if "int8" in types["past_key_values.0.key"] else np.full(shape, 7e3, np.float32)
+        )
         self.cache = {
-            f"{i}.{kind}": ort.OrtValue.ortvalue_from_numpy(np.full(shape, 7e3, np.float32))
+            f"{i}.{kind}": ort.OrtValue.ortvalue_from_numpy(rows.copy())
             for i in range(config.layers)
             for kind in ("key", "value")
         }
 
-    def run(self, embeds: np.ndarray, new=None) -> np.ndarray:
-        """Reads `new` positions of each row of `embeds` [batch, widest, hidden]; returns the last one's logits."""
+    def run(self, embeds: np.ndarray, new=None, index=None) -> np.ndarray:
+        """Reads `new` positions of each row of `embeds` [batch, widest, hidden]; logits of `index` (default: the last)."""
         new = np.full(len(embeds), embeds.shape[1], np.int32) if new is None else np.asarray(new, np.int32)
         self.lengths += new
         binding = self.graph.io_binding()
         binding.bind_cpu_input("inputs_embeds", embeds)
         binding.bind_cpu_input("seqlens_k", self.lengths - 1)
         binding.bind_cpu_input("total_sequence_length", np.array(self.lengths.max(), np.int32))
-        binding.bind_cpu_input("logits_index", new.astype(np.int64) - 1)
+        widest = embeds.shape[1]
+        index = new.astype(np.int64) - 1 if index is None else np.asarray(index, np.int64)
+        binding.bind_cpu_input("logits_index", np.arange(len(embeds)) * widest + index)
         for name, value in self.cache.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, PhiForCausalLM
@@ -56,6 +58,38 @@ def vision(source, pixels: np.ndarray) -> np.ndarray:
         states = model.eval()(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
     features = states[config.select_layer]
     return (features[:, 1:] if config.select_feature == "patch" else features).numpy()
+
+
+def cls_attention(source, pixels: np.ndarray) -> np.ndarray:
+    """The class token's attention [batch, tokens] in the last layer before the selected state, written out by hand."""
+    config, used = source.config.vision, source.config.vision.used_layers
+    before = VisionView(source, used - 1)
+    states = torch.from_numpy(vision(before, pixels))
+    prefix = f"vision.layers.{used - 1}"
+
+    def tensor(name: str) -> torch.Tensor:
+        return torch.from_numpy(source.tensors[f"{prefix}.{name}"])
+
+    normed = torch.nn.functional.layer_norm(
+        states, states.shape[-1:], tensor("layer_norm1.weight"), tensor("layer_norm1.bias"), config.norm_eps
+    )
+    size = config.hidden // config.heads
+    q, k = (
+        torch.nn.functional.linear(normed, tensor(f"{part}.weight"), tensor(f"{part}.bias"))
+        .unflatten(-1, (config.heads, size))
+        .transpose(1, 2)
+        for part in ("q_proj", "k_proj")
+    )
+    weights = (q[:, :, :1] @ k.transpose(-1, -2) * size**-0.5).softmax(-1)[:, :, 0].mean(1)
+    return (weights[:, 1:] if config.select_feature == "patch" else weights).numpy()
+
+
+class VisionView:
+    """A checkpoint whose selected state is that after `layers` layers, the class token with it."""
+
+    def __init__(self, source, layers: int):
+        vision = replace(source.config.vision, select_layer=layers, select_feature="cls_patch")
+        self.config, self.tensors = replace(source.config, vision=vision), source.tensors
 
 
 def project(source, features: np.ndarray) -> np.ndarray:
