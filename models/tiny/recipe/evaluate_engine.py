@@ -41,10 +41,15 @@ def main() -> None:
     parser.add_argument("--variant", default="cpu-int4")
     parser.add_argument("--model", help="a package; the embedded model otherwise")
     parser.add_argument("--condition", choices=CONDITIONS, default="original")
+    parser.add_argument("--visual-tokens", type=int, help="positions that an image takes; all otherwise")
     parser.add_argument("--limit", type=int, help="only the first test questions")
+    parser.add_argument("--sample", type=int, help="only so many test questions, drawn from all of them")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     test = json.loads((shapes.OFFICIAL / "test" / "questions.json").read_text())[: args.limit]
+    if args.sample:
+        drawn = np.random.default_rng(SEED).permutation(len(test))[: args.sample]
+        test = [test[n] for n in sorted(drawn)]
     # The questions about one image follow each other, so that the engine reads it once.
     order = sorted(range(len(test)), key=lambda n: test[n][2])
     with tempfile.TemporaryDirectory() as name:
@@ -54,7 +59,9 @@ def main() -> None:
         lines = ({"id": n, "question": test[n][0], "images": [files[test[n][2]]]} for n in order)
         questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
         command = [args.binary, "batch", str(questions), "--output", str(answers), "--variant", args.variant]
-        subprocess.run(command + (["--model", args.model] if args.model else []), check=True)
+        command += ["--model", args.model] if args.model else []
+        command += ["--visual-tokens", str(args.visual_tokens)] if args.visual_tokens else []
+        subprocess.run(command, check=True)
         told = {line["id"]: line for line in map(json.loads, answers.read_text().splitlines())}
     right = [told[n].get("text") == test[n][1] for n in range(len(test))]
     version = subprocess.run([args.binary, "--version"], check=True, capture_output=True, text=True).stdout
@@ -65,6 +72,8 @@ def main() -> None:
         "machine": f"{platform.system()} {platform.machine()}",
         "variant": args.variant,
         "condition": args.condition,
+        "benchmark": "easy-VQA test" + ("" if args.condition == "original" else f", {args.condition}"),
+        "visual_tokens": told[0]["usage"]["image_tokens"],
         "questions": len(test),
         "right": sum(right),
         "accuracy": round(sum(right) / len(test), 5),
