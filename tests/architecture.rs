@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, fs, path::Path};
 /// Lowest first. Modules on one line stand side by side and may not name each other.
 const FLOORS: &[&[&str]] = &[
     &["error"],
-    &["package", "machine", "compiled"],
+    &["disk"],
+    &["package", "machine", "compiled", "kernels"],
     &["image", "text"],
     &["runtime"],
     &["model"],

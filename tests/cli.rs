@@ -116,9 +116,9 @@ fn json_is_one_object_with_the_keys_that_are_promised() {
     let check = |value: &Value, expected: &str| {
         assert_eq!(keys(value), expected.split(' ').map(str::to_owned).collect());
     };
-    check(&answer, "text token_ids finish_reason usage timings_ms providers model");
-    check(&answer["usage"], "prompt_tokens image_tokens completion_tokens");
-    check(&answer["timings_ms"], "load preprocess vision prefill decode total");
+    check(&answer, "text token_ids finish_reason usage timings_ms providers model prefixes");
+    check(&answer["usage"], "prompt_tokens image_tokens cached_tokens cached_from completion_tokens");
+    check(&answer["timings_ms"], "load preprocess restore vision prefill decode total");
     check(&answer["providers"], "vision projector decoder");
     assert_eq!(answer["finish_reason"], "stop");
     assert_eq!(answer["model"], "llava-phi-tiny");
@@ -356,7 +356,7 @@ fn a_package_is_shown_to_a_person_and_to_a_program() {
         "64 x 64",
         "512 positions",
         "cpu-int4",
-        "cache shared f32",
+        "cache shared i8",
         "embeddings.bin",
         "every hash checked",
     ] {
@@ -369,10 +369,10 @@ fn a_package_is_shown_to_a_person_and_to_a_program() {
     }
     let report: Value = serde_json::from_str(&good(&["inspect", "--json"])).unwrap();
     assert_eq!(report["verified"], false);
-    assert_eq!(report["manifest"]["format"], 2);
-    // Four layers of two caches of two heads of 80 floats.
-    assert_eq!(report["memory"]["kv_per_position"], 4 * 2 * 2 * 80 * 4);
-    assert_eq!(report["memory"]["kv_full"], 4 * 2 * 2 * 80 * 4 * 512);
+    assert_eq!(report["manifest"]["format"], 3);
+    // Four layers of two caches of two heads of 80 bytes.
+    assert_eq!(report["memory"]["kv_per_position"], 4 * 2 * 2 * 80);
+    assert_eq!(report["memory"]["kv_full"], 4 * 2 * 2 * 80 * 512);
 }
 
 #[test]
@@ -418,6 +418,40 @@ fn a_trace_shows_every_stage_and_keeps_it() {
     assert_eq!(pixels(&dump("crop").1), pixels(&path), "the model was trained on the middle");
     assert_ne!(pixels(&dump("pad").1), pixels(&path));
     check(&["trace", PHOTO, "What?", "--dump", "Cargo.toml"], &["Cargo.toml", "directory", "--dump"]);
+}
+
+#[test]
+fn fewer_visual_tokens_are_asked_for_and_told() {
+    let run = run(&["ask", "--json", "--visual-tokens", "16", PHOTO, DESCRIBE]);
+    assert_eq!(run.code, Some(0), "{run:?}");
+    assert!(run.err.starts_with("notice: 16 of 64 visual tokens are read; "), "{}", run.err);
+    let answer: Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!(answer["usage"]["image_tokens"], 16);
+    assert_eq!(
+        (&answer["visual_tokens"]["tokens"], &answer["visual_tokens"]["of"]),
+        (&16.into(), &64.into())
+    );
+    assert!(answer["visual_tokens"]["measured"].is_array());
+    // All of them are what is read without a wish, and nothing is said.
+    let all = json(&["--visual-tokens", "64", PHOTO, DESCRIBE]);
+    assert!(all.get("visual_tokens").is_none());
+    assert_eq!(all["token_ids"], json(&[PHOTO, DESCRIBE])["token_ids"]);
+
+    let traced = good(&["trace", PHOTO, DESCRIBE, "--visual-tokens", "16"]);
+    for stage in [
+        "patch_features  [1, 64, 128]",
+        "cls_attention   [64]",
+        "visual_tokens   [1, 16, 128]",
+        "image_embeds    [16, 160]",
+    ] {
+        assert!(traced.contains(stage), "{stage} is not in {traced}");
+    }
+    assert_eq!(traced.lines().last(), answer["text"].as_str());
+    assert!(good(&["inspect"]).contains("images      take 64 positions, or fewer"));
+    assert!(good(&["doctor", "--visual-tokens", "16"]).contains("16 of 64 visual tokens are read"));
+
+    check(&["ask", "--visual-tokens", "0", PHOTO, DESCRIBE], &["0 visual tokens", "give 1 to 64"]);
+    check(&["trace", "--visual-tokens", "65", PHOTO, DESCRIBE], &["65 visual tokens", "give 1 to 64"]);
 }
 
 #[test]

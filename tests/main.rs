@@ -4,12 +4,15 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
 mod architecture;
+mod bench;
+mod cache;
 mod cli;
 mod compile;
 mod detokenizer;
 mod engine;
 mod fidelity;
 mod library;
+mod lookup;
 mod package;
 mod preprocess;
 mod prompt;
@@ -21,3 +24,4 @@ mod support;
 mod tokenizer;
 mod tune;
 mod variants;
+mod visual_tokens;

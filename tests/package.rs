@@ -115,7 +115,7 @@ fn a_directory_that_is_no_package() {
 
 #[test]
 fn a_manifest_of_another_format() {
-    check(|m| m["format"] = json!(1), &["format 1", "reads format 2", "update llava-phi"]);
+    check(|m| m["format"] = json!(1), &["format 1", "reads format 3", "update llava-phi"]);
     check(|m| m["format"] = json!("one"), &["format \"one\"", "export again"]);
     check(|m| m["colour"] = json!("red"), &["unknown field `colour`", "export again"]);
     check(|m| m["decoder"]["colour"] = json!("red"), &["unknown field `colour`", "export again"]);
@@ -237,7 +237,8 @@ fn a_variant_that_computes_something_else_is_refused_and_the_next_one_serves() {
     let decoder = reports.iter().find(|report| report.component == Component::Decoder).unwrap();
     assert_eq!(decoder.variant, "portable-f32", "{:?}", decoder.self_check);
     assert_eq!(decoder.refused[0].step, Step::SelfCheck);
-    assert!(decoder.refused[0].reason.starts_with("logits "), "{}", decoder.refused[0].reason);
+    assert!(decoder.refused.iter().all(|refusal| refusal.variant == "cpu-int4"), "{:?}", decoder.refused);
+    assert!(decoder.refused[0].reason.contains("logits differ"), "{}", decoder.refused[0].reason);
     assert!(decoder.self_check.iter().all(llava_phi::model::goldens::Agreement::passes));
 
     copy.change(|m| m["serve"]["decoder"] = json!([{ "variant": "cpu-int4", "provider": "cpu" }]));
@@ -274,6 +275,23 @@ fn sizes_that_contradict_each_other() {
     check(|m| m["embedding"]["dtype"] = json!("i64"), &["embedding.dtype", "f16"]);
     check(|m| m["vision"]["tokens_per_image"] = json!(65), &["patch_features", "64", "65", "export again"]);
     check(|m| m["vision"]["tokens_per_image"] = json!(0), &["vision.tokens_per_image is 0"]);
+    let shape = |m: &mut Value| {
+        m["variants"]["cpu-int4"]["vision_encoder"]["outputs"]["cls_attention"] =
+            json!({"dtype": "f32", "shape": ["batch", 65]});
+    };
+    check(shape, &["cls_attention", "65", "64"]);
+    let tolerance = |m: &mut Value| {
+        m["variants"]["cpu-int4"]["tolerance"].as_object_mut().unwrap().remove("cls_attention");
+    };
+    check(tolerance, &["variant cpu-int4", "tolerance.cls_attention is missing"]);
+    let measured = |tokens: usize, right: usize| {
+        let one = json!({"tokens": tokens, "benchmark": "shapes", "variant": "cpu-int4", "questions": 10,
+            "right": right, "right_with_all": 10});
+        move |m: &mut Value| m["vision"]["measured"] = json!([one])
+    };
+    check(measured(65, 9), &["vision.measured", "65 tokens", "an image has 64"]);
+    check(measured(0, 9), &["vision.measured", "0 tokens"]);
+    check(measured(16, 11), &["vision.measured", "11 of 10 right"]);
     check(|m| m["image"]["size"] = json!(32), &["pixel_values", "f32[batch, 3, 64, 64]", "32"]);
     check(|m| m["image"]["std"] = json!([0.0, 1.0, 1.0]), &["channel 0"]);
     check(|m| m["decoder"]["layers"] = json!(5), &["decoder has no input past_key_values.4.key"]);
@@ -283,8 +301,14 @@ fn sizes_that_contradict_each_other() {
     check(|m| m["decoder"]["logits_width"] = json!(500), &["text.vocabulary is ", "logits_width is 500"]);
     check(|m| m["text"]["eos"] = json!([]), &["text.eos is empty"]);
     check(|m| m["text"]["eos"] = json!([640]), &["token 640", "embedding table of 640"]);
-    let kv = |m: &mut Value| m["variants"]["cpu-int4"]["decoder"]["kv"]["form"] = json!("concat");
+    let kv = |m: &mut Value| {
+        m["variants"]["cpu-int4"]["decoder"]["kv"] = json!({"form": "concat", "dtype": "f32"});
+    };
     check(kv, &["cpu-int4 decoder has no input position_ids"]);
+    let kv = |m: &mut Value| m["variants"]["portable-f32"]["decoder"]["kv"]["dtype"] = json!("i8");
+    check(kv, &["portable-f32: a cache of i8 is not read", "in the form shared"]);
+    let kv = |m: &mut Value| m["variants"]["cpu-int4"]["decoder"]["kv"]["dtype"] = json!("f32");
+    check(kv, &["past_key_values.0.key is i8", "the sizes ask for f32"]);
 }
 
 #[test]

@@ -4,7 +4,11 @@ use std::{path::PathBuf, sync::Arc};
 
 use llava_phi::{
     Error,
-    model::{CausalModel as _, LlavaPhi, ModelOptions, goldens::distance, vision::ImageInput},
+    kernels::Kernels,
+    model::{
+        CausalModel as _, LlavaPhi, ModelOptions, goldens::distance, vision::ImageInput,
+        visual_tokens::VisualTokens,
+    },
     package::{Component, MANIFEST, ModelPackage, plan::MemoryPlan},
     runtime::{Runtime, Step},
     text::{Prompt, TokenId},
@@ -47,7 +51,7 @@ fn open(package: &ModelPackage, variant: &str, prefill_chunk: Option<usize>) -> 
 fn decoders(package: &ModelPackage) -> Vec<(String, f64)> {
     let variants = &package.manifest().variants;
     let has = variants.iter().filter(|(name, _)| package.graph(Component::Decoder, name).is_some());
-    let factor = |name: &str| if name.ends_with("int4") { 4.0 } else { 2.0 };
+    let factor = |name: &str| if name.contains("int4") { 4.0 } else { 2.0 };
     has.map(|(name, variant)| (name.clone(), factor(name) * variant.tolerance.logits)).collect()
 }
 
@@ -91,6 +95,33 @@ fn worst(found: &[Vec<f32>], wanted: &[Vec<f32>]) -> f64 {
     assert_eq!(found.len(), wanted.len());
     let each = found.iter().zip(wanted).map(|(found, wanted)| distance(found.iter(), wanted.iter()));
     each.fold(0.0, f64::max)
+}
+
+#[test]
+fn fewer_visual_tokens_are_projected_as_the_reference_projects_them() {
+    let Some(package) = package() else { return };
+    let (_, images) = question(1);
+    let pixels = images[0].pixels().view();
+    let fewer = VisualTokens::new(&package, Some(11)).unwrap();
+    let mut reference = open(&package, REFERENCE, None);
+    let features = reference.vision().unwrap().encode(&pixels).unwrap();
+    let chosen = features.clone().chosen(fewer).unwrap();
+    let wanted = reference.projector().unwrap().project(&chosen.view()).unwrap();
+    for (name, variant) in &package.manifest().variants {
+        if variant.vision_encoder.is_none() || variant.projector.is_none() {
+            continue;
+        }
+        let mut model = open(&package, name, None);
+        // A projector of fixed size is given the rows that are missing, and what it makes of them is dropped.
+        let found = model.projector().unwrap().project(&chosen.view()).unwrap();
+        assert_eq!(found.rows().dim(), wanted.rows().dim());
+        let far = distance(found.rows().iter(), wanted.rows().iter());
+        assert!(far <= variant.tolerance.image_embeds, "{name}: {far:.2e}");
+        let own = model.vision().unwrap().encode(&pixels).unwrap();
+        let far = distance(own.attention().unwrap().iter(), features.attention().unwrap().iter());
+        assert!(far <= 2.0 * variant.tolerance.cls_attention.unwrap(), "{name}: {far:.2e}");
+        assert_eq!(own.chosen(fewer).unwrap().view().dim(), chosen.view().dim());
+    }
 }
 
 #[test]
@@ -230,10 +261,35 @@ fn a_smaller_variant_serves_where_the_first_does_not_fit() {
 }
 
 #[test]
-fn what_takes_over_reads_the_prompt_and_answers() {
+fn own_kernels_compute_what_those_of_onnx_runtime_do_and_are_left_for_them() {
+    let Some(kernels) = Kernels::here() else { return };
     let package = support::package();
     Runtime::start(&support::library(), &mut |_| {}).unwrap();
     let mut model = LlavaPhi::open(package, &ModelOptions::default()).unwrap();
+    let serving = |model: &LlavaPhi| {
+        let reports = model.reports();
+        reports.into_iter().find(|report| report.component == Component::Decoder).unwrap()
+    };
+    let own = serving(&model).kernels.unwrap();
+    assert_eq!(own.instructions, kernels.to_string());
+    assert!(own.products > 4);
+    let (prompt, next) = (question(1), tokens(3, 1));
+    let first = walk(&mut model, None, &prompt, &next);
+    let demotion = model.demote("decoder", "its logits are a test").unwrap();
+    assert_eq!((demotion.variant.as_str(), serving(&model).kernels), ("cpu-int4", None));
+    assert!(demotion.refusal.reason.contains(&own.instructions), "{}", demotion.refusal.reason);
+    let second = walk(&mut model, None, &prompt, &next);
+    assert!(worst(&second, &first) < 2e-2, "{}", worst(&second, &first));
+    // Only then the next variant.
+    assert_eq!(model.demote("decoder", "its logits are a test").unwrap().variant, REFERENCE);
+}
+
+#[test]
+fn what_takes_over_reads_the_prompt_and_answers() {
+    let package = support::package();
+    Runtime::start(&support::library(), &mut |_| {}).unwrap();
+    let options = ModelOptions { kernels: None, ..ModelOptions::default() };
+    let mut model = LlavaPhi::open(package, &options).unwrap();
     let (prompt, next) = (question(1), tokens(3, 1));
     let first = walk(&mut model, None, &prompt, &next);
     let demotion = model.demote("decoder", "its logits are a test").unwrap();
