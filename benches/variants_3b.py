@@ -29,6 +29,7 @@ PACKAGES = {
     "coreml-fp16": ["coreml-fp16", "qnn-fp16"],
     "nnapi-fp32": ["nnapi-fp32"],
     "cpu-int4": ["cpu-int4", "cpu-int8"],
+    "cpu-int4-kv-f32": ["cpu-int4-kv-f32"],
     "portable-f32": ["portable-f32"],
 }
 OF_FIXED_SIZE = ("tensorrt-", "coreml-", "nnapi-")
