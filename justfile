@@ -25,3 +25,4 @@ tiny:
 # Export models/tiny again from its checkpoint
 package:
     .venv/bin/llava-phi-export models/tiny/checkpoint models/tiny/package --name llava-phi-tiny --variant cpu-int4 --variant portable-f32 --force
+    .venv/bin/llava-phi-export measured models/tiny/package benches/runs/2026-11-23-2-cores/visual-tokens-*.json

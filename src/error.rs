@@ -72,7 +72,7 @@ pub enum Error {
         /// ONNX Runtime's own failure, if there is one.
         source: Option<Source>,
     },
-    /// What providers compiled cannot be kept or read.
+    /// What is kept between runs cannot be kept or read.
     #[error("cache {}: {reason}", .path.display())]
     Cache {
         /// The cache's directory, or the file in it that is at fault.
