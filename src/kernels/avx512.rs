@@ -75,14 +75,18 @@ pub(super) fn many(product: &Product<'_>, columns: Range<usize>, panel: &mut Pan
 
 /// `columns` of the product, where there are few rows.
 pub(super) fn few(product: &Product<'_>, columns: Range<usize>) {
+    let Product { rounded, weights, .. } = product;
+    let whole = weights.zero().is_some() && weights.block().is_multiple_of(width(weights.bits()));
     for column in columns {
         let mut row = 0;
-        while row < product.rounded.rows {
-            let rows = (product.rounded.rows - row).min(FEW);
+        while row < rounded.rows {
+            let rows = (rounded.rows - row).min(FEW);
             macro_rules! dots {
                 ($($rows:literal)*) => {
-                    match (product.weights.bits(), rows) {
+                    match (weights.bits(), rows) {
                         // SAFETY: the instructions were found.
+                        $((Bits::Four, $rows) if whole => unsafe { whole_dots::<$rows, true>(product, row, column) },)*
+                        $((Bits::Eight, $rows) if whole => unsafe { whole_dots::<$rows, false>(product, row, column) },)*
                         $((Bits::Four, $rows) => unsafe { dots::<$rows, true>(product, row, column) },)*
                         $((Bits::Eight, $rows) => unsafe { dots::<$rows, false>(product, row, column) },)*
                         _ => unreachable!("at most {FEW} rows at a time"),
@@ -92,6 +96,14 @@ pub(super) fn few(product: &Product<'_>, columns: Range<usize>) {
             dots!(1 2 3 4);
             row += rows;
         }
+    }
+}
+
+/// Columns that a register of weights holds.
+const fn width(bits: Bits) -> usize {
+    match bits {
+        Bits::Four => GROUP,
+        Bits::Eight => GROUP / 2,
     }
 }
 
@@ -210,7 +222,7 @@ fn tile<const ROWS: usize, const FOUR: bool>(
     assert!(panel.quads.len() >= blocks * runs * run * PANEL);
     assert!(panel.scales.len() >= blocks * PANEL && panel.zeros.len() >= blocks * PANEL);
     let tile = row / TILE;
-    let values = &rounded.values[tile * TILE * stride..][..TILE * stride];
+    let values = &rounded.values()[tile * TILE * stride..][..TILE * stride];
     let scales = &rounded.scales[tile * TILE * blocks..][..TILE * blocks];
     let offsets = &rounded.offsets[tile * TILE * blocks..][..TILE * blocks];
     for b in 0..blocks {
@@ -264,6 +276,69 @@ fn tile<const ROWS: usize, const FOUR: bool>(
     }
 }
 
+/// As [`dots`], and the same sums in the same order, where all weights of a register are of one block and zero is the same
+/// in all blocks.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,fma")]
+fn whole_dots<const ROWS: usize, const FOUR: bool>(product: &Product<'_>, row: usize, column: usize) {
+    let Product { rounded, weights, bias, y } = product;
+    let Rounded { stride, blocks, .. } = **rounded;
+    let block = weights.block();
+    let width = width(if FOUR { Bits::Four } else { Bits::Eight });
+    let mask = _mm512_set1_epi8(0x0f);
+    // Checked here, once.
+    let values: [*const i8; ROWS] =
+        std::array::from_fn(|i| rounded.values()[(row + i) * stride..][..stride].as_ptr());
+    let scales: [*const f32; ROWS] =
+        std::array::from_fn(|i| rounded.scales[(row + i) * blocks..][..blocks].as_ptr());
+    let offsets: [*const i32; ROWS] =
+        std::array::from_fn(|i| rounded.offsets[(row + i) * blocks..][..blocks].as_ptr());
+    let (packed, factors) = (weights.row(column), weights.scales(column));
+    // Groups of a block, as a shift: both sizes are powers of two, and a division would take longer than all else.
+    let shift = (block / width).trailing_zeros();
+    let groups = blocks << shift;
+    assert!(packed.len() >= groups * 64 && stride >= groups * width && factors.len() >= blocks);
+    let (mut evens, mut odds) = ([_mm512_setzero_ps(); ROWS], [_mm512_setzero_ps(); ROWS]);
+    // No function: sums that are handed on by reference leave their registers.
+    macro_rules! group {
+        ($group:expr, $sums:ident) => {
+            let group = $group;
+            let b = group >> shift;
+            let first = u16::from(group & ((1 << shift) - 1) == 0);
+            // SAFETY: a whole register of weights and of activations for each group, as asserted; `b` is below `blocks`.
+            // A prefetch may name any address.
+            unsafe {
+                let from = packed.as_ptr().add(group * 64);
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD).cast());
+                let held = _mm512_loadu_si512(from.cast());
+                let even = if FOUR { _mm512_and_si512(held, mask) } else { held };
+                let odd = _mm512_and_si512(_mm512_srli_epi16::<4>(held), mask);
+                let factor = _mm512_set1_ps(*factors.get_unchecked(b));
+                for i in 0..ROWS {
+                    let from = values[i].add(group * width);
+                    let mut dot = _mm512_maskz_loadu_epi32(first, offsets[i].add(b));
+                    dot = _mm512_dpbusd_epi32(dot, even, _mm512_loadu_si512(from.cast()));
+                    if FOUR {
+                        dot = _mm512_dpbusd_epi32(dot, odd, _mm512_loadu_si512(from.add(64).cast()));
+                    }
+                    let scale = _mm512_mul_ps(factor, _mm512_set1_ps(*scales[i].add(b)));
+                    $sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, $sums[i]);
+                }
+            }
+        };
+    }
+    for pair in 0..groups / 2 {
+        group!(2 * pair, evens);
+        group!(2 * pair + 1, odds);
+    }
+    if groups % 2 == 1 {
+        group!(groups - 1, evens);
+    }
+    for i in 0..ROWS {
+        let result = _mm512_reduce_add_ps(_mm512_add_ps(evens[i], odds[i]));
+        y.write(row + i, column, &[result + bias.map_or(0.0, |bias| bias[column])]);
+    }
+}
+
 /// The products of `ROWS` rows of activations from `row` on and row `column` of the weights.
 ///
 /// Rows of weights are read one after another: several at once would be as many streams, each too short for the
@@ -273,8 +348,8 @@ fn dots<const ROWS: usize, const FOUR: bool>(product: &Product<'_>, row: usize, 
     let Product { rounded, weights, bias, y } = product;
     let Rounded { stride, blocks, .. } = **rounded;
     let block = weights.block();
-    // Columns that a register of weights holds, and the blocks that they are in.
-    let width = if FOUR { GROUP } else { GROUP / 2 };
+    let width = width(if FOUR { Bits::Four } else { Bits::Eight });
+    // Blocks that a register of weights holds.
     let per = (width / block).max(1);
     let lanes: [i32; LANES] = std::array::from_fn(|lane| i32::try_from(lane * per / LANES).unwrap_or(0));
     // SAFETY: sixteen dwords.
@@ -287,7 +362,7 @@ fn dots<const ROWS: usize, const FOUR: bool>(product: &Product<'_>, row: usize, 
     };
     let mask = _mm512_set1_epi8(0x0f);
     let symmetric = weights.zero().is_some();
-    let values: [&[i8]; ROWS] = std::array::from_fn(|i| &rounded.values[(row + i) * stride..][..stride]);
+    let values: [&[i8]; ROWS] = std::array::from_fn(|i| &rounded.values()[(row + i) * stride..][..stride]);
     let scales: [&[f32]; ROWS] = std::array::from_fn(|i| &rounded.scales[(row + i) * blocks..][..blocks]);
     let offsets: [&[i32]; ROWS] = std::array::from_fn(|i| &rounded.offsets[(row + i) * blocks..][..blocks]);
     let (packed, factors) = (weights.row(column), weights.scales(column));

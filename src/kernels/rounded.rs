@@ -8,6 +8,9 @@ use super::matrix::{Bits, Matrix};
 /// Columns that are laid out together: what 64 bytes of 4-bit weights hold.
 pub(super) const GROUP: usize = 128;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Rounded rows. Where weights have 4 bits, each group of 128 columns has its even ones first, since a byte of weights
 /// holds an even and an odd one. Columns beyond the last are zero.
 ///
@@ -15,8 +18,10 @@ pub(super) const GROUP: usize = 128;
 /// columns of the next; what stands for rows beyond the last is not defined.
 #[derive(Debug, Default)]
 pub struct Rounded {
-    /// `[tiles, stride / 4, tile, 4]`.
+    /// `[tiles, stride / 4, tile, 4]`, from `start` on.
     pub(super) values: Vec<i8>,
+    /// Where a cache line begins: a register of values that lies in two lines takes twice as long to load.
+    pub(super) start: usize,
     /// `[tiles, blocks, tile]`.
     pub(super) scales: Vec<f32>,
     /// `[tiles, blocks, tile]`: what the zeros of the weights add to a block's sum, with the sign turned; where zeros
@@ -30,18 +35,24 @@ pub struct Rounded {
 }
 
 impl Rounded {
+    /// The values, without what lies before the first line.
+    pub(super) fn values(&self) -> &[i8] {
+        &self.values[self.start..]
+    }
+
     /// Rounds `x`, `[rows, weights.columns]`, to be multiplied by `weights`, in tiles of `tile` rows.
     pub(super) fn fill(&mut self, parallel: &impl Parallel, x: &[f32], weights: &Matrix<'_>, tile: usize) {
         let (columns, blocks) = (weights.columns(), weights.blocks());
         let stride = (blocks * weights.block()).next_multiple_of(GROUP);
         (self.rows, self.tile, self.stride, self.blocks) = (x.len() / columns, tile, stride, blocks);
         let tiles = self.rows.div_ceil(tile);
-        self.values.resize(tiles * tile * stride, 0);
+        self.values.resize(tiles * tile * stride + LINE, 0);
+        self.start = self.values.as_ptr().align_offset(LINE).min(LINE);
         self.scales.resize(tiles * tile * blocks, 0.0);
         self.offsets.resize(tiles * tile * blocks, 0);
         let parts: Vec<_> = x
             .chunks(tile * columns)
-            .zip(self.values.chunks_mut(tile * stride))
+            .zip(self.values[self.start..].chunks_mut(tile * stride))
             .zip(self.scales.chunks_mut(tile * blocks))
             .zip(self.offsets.chunks_mut(tile * blocks))
             .map(|(((x, values), scales), offsets)| Mutex::new((x, values, scales, offsets)))
