@@ -18,6 +18,7 @@ pub mod provider;
 mod rows;
 mod session;
 mod settings;
+mod slots;
 pub mod status;
 pub mod tensor;
 #[cfg(test)]
@@ -40,6 +41,7 @@ pub use library::{Library, LibraryOptions, LibraryVariant, Origin};
 pub use plugins::{DeviceInfo, DeviceKind};
 pub use provider::{Placement, Provider, Refusal, Step, Target};
 pub use rows::RowBytes;
+pub use slots::{Slot, Slots};
 pub use status::ProviderStatus;
 pub use tensor::Tensor;
 

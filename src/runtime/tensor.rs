@@ -1,6 +1,6 @@
 //! A tensor that ONNX Runtime owns: what graphs read and write.
 
-use std::{borrow::Cow, fmt};
+use std::{any::Any, borrow::Cow, fmt, sync::Arc};
 
 use half::f16;
 use half::slice::HalfFloatSliceExt as _;
@@ -20,6 +20,8 @@ pub struct Tensor {
     value: DynTensor,
     dtype: DType,
     shape: Vec<usize>,
+    /// What the elements lie in, where that is not the value's own.
+    _within: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Tensor {
@@ -44,7 +46,7 @@ impl Tensor {
                 e.message()
             ))
         })?;
-        Ok(Self { value, dtype, shape: shape.to_vec() })
+        Ok(Self { value, dtype, shape: shape.to_vec(), _within: None })
     }
 
     /// A tensor of `f32`; `data` is row by row and as long as `shape` says.
@@ -285,12 +287,17 @@ impl Tensor {
         let value: DynTensor = value.downcast().ok()?;
         let dtype = dtype_of(*value.data_type())?;
         let shape = value.shape().iter().map(|&dim| usize::try_from(dim).ok()).collect::<Option<_>>()?;
-        Some(Self { value, dtype, shape })
+        Some(Self { value, dtype, shape, _within: None })
+    }
+
+    /// A tensor over memory that `within` holds.
+    pub(super) fn over(value: DynValue, within: Arc<dyn Any + Send + Sync>) -> Option<Self> {
+        Self::from_output(value).map(|tensor| Self { _within: Some(within), ..tensor })
     }
 
     /// A tensor in a provider's own memory: the host cannot read or write it.
     pub(super) fn on_device(value: DynTensor, dtype: DType, shape: &[usize]) -> Self {
-        Self { value, dtype, shape: shape.to_vec() }
+        Self { value, dtype, shape: shape.to_vec(), _within: None }
     }
 
     pub(super) fn value(&self) -> &DynTensor {
