@@ -38,10 +38,6 @@ impl ConcatKv {
 }
 
 impl KvStore for ConcatKv {
-    fn reserve(&mut self, _positions: usize, _used: usize) -> Result<()> {
-        Ok(())
-    }
-
     fn step(
         &mut self,
         graph: &mut Graph,
@@ -69,6 +65,7 @@ impl KvStore for ConcatKv {
     fn truncate(&mut self, used: usize) -> Result<()> {
         self.resize(used, used)
     }
+
     fn tensors(&self) -> Result<&[Tensor], &'static str> {
         Ok(&self.caches)
     }

@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use ndarray::{ArrayView2, Axis};
+use ndarray::{ArrayView2, Axis, s};
 
 use super::chain::Serving;
 use super::head::Head;
 use super::kv_cache::{KvCache, PositionKey, RowLayout};
 use super::rotary::RotaryTable;
+use super::together::{Together, groups};
 use crate::error::{Error, Result};
-use crate::package::manifest::{DecoderSpec, Dim, HIDDEN_STATES, KvSpec};
-use crate::runtime::{Graph, Outputs};
+use crate::package::manifest::{DecoderSpec, Dim, HIDDEN_STATES, KvForm, KvSpec};
+use crate::runtime::{Graph, Outputs, Slots};
 
 /// The logits of one position: `[logits_width]` f32.
 #[derive(Clone, Debug)]
@@ -45,6 +46,7 @@ pub struct Decoder {
     kv: KvSpec,
     rotary: Option<Arc<RotaryTable>>,
     run: usize,
+    slots: Option<Slots>,
 }
 
 impl Decoder {
@@ -58,7 +60,26 @@ impl Decoder {
         run: usize,
     ) -> Self {
         let run = run.min(kv.chunk.unwrap_or(spec.context)).max(1);
-        Self { graph, head, spec, kv, rotary, run }
+        Self { graph, head, spec, kv, rotary, run, slots: None }
+    }
+
+    /// Keeps the caches of up to `count` sequences beside each other from now on, so that one run reads all of them, or
+    /// says why this graph cannot.
+    ///
+    /// # Errors
+    /// As [`Slots::new`].
+    pub(super) fn keep_together(&mut self, count: usize) -> Result<std::result::Result<(), String>> {
+        if self.kv.form != KvForm::Shared || self.head.is_some() {
+            let form = format!("{:?}", self.kv.form).to_lowercase();
+            return Ok(Err(format!(
+                "the decoder's cache is of the form {form}, of which a run reads one sequence"
+            )));
+        }
+        let Self { spec, kv, .. } = self;
+        let shape = [spec.kv_heads, spec.context, spec.head_dim];
+        let memory = self.graph.cache_memory();
+        self.slots = Some(Slots::new(memory, kv.dtype, self.layout().tensors, count, &shape)?);
+        Ok(Ok(()))
     }
 
     /// A cache with nothing in it.
@@ -66,6 +87,9 @@ impl Decoder {
     /// # Errors
     /// When its first buffers cannot be allocated.
     pub fn empty_cache(&self) -> Result<KvCache> {
+        if let Some(slot) = self.slots.as_ref().and_then(Slots::take) {
+            return KvCache::in_slot(&self.spec, self.kv, self.graph.cache_memory(), slot);
+        }
         KvCache::new(&self.spec, self.kv, self.rotary.clone(), self.graph.cache_memory())
     }
 
@@ -147,14 +171,68 @@ impl Decoder {
         self.logits(outputs, keys.len(), keys.len())
     }
 
+    /// Reads one row of `embeds`, `[caches.len(), hidden]` f32, into each of `caches`, and gives the logits behind each,
+    /// in as few runs as there can be. Each is what [`Decoder::forward`] gives of it alone.
+    ///
+    /// # Errors
+    /// For each cache those of [`Decoder::forward`]; the others are not concerned.
+    pub fn forward_each(
+        &mut self,
+        embeds: &ArrayView2<'_, f32>,
+        keys: &[PositionKey],
+        caches: &mut [&mut KvCache],
+    ) -> Vec<Result<Logits>> {
+        let mut results: Vec<Option<Result<Logits>>> = caches.iter().map(|_| None).collect();
+        let full = |cache: &KvCache| cache.len() >= self.capacity();
+        let mut together: Vec<(usize, &mut KvCache)> = Vec::new();
+        let mut alone: Vec<(usize, &mut KvCache)> = Vec::new();
+        for (row, cache) in caches.iter_mut().enumerate() {
+            let others = cache.slot().is_some() && !full(cache);
+            if others { together.push((row, cache)) } else { alone.push((row, cache)) }
+        }
+        together.sort_by_key(|(_, cache)| cache.slot());
+        if let Some(slots) = self.slots.take() {
+            let context = self.capacity();
+            let asked = together.iter().filter_map(|(_, cache)| cache.slot()).collect();
+            for group in groups(asked, |slot| slots.used(slot) < context) {
+                let inside = |cache: &KvCache| cache.slot().is_some_and(|slot| group.contains(&slot));
+                let count = together.iter().filter(|(_, cache)| inside(cache)).count();
+                let mut members: Vec<(usize, &mut KvCache)> = together.drain(..count).collect();
+                let read = if count > 1 {
+                    let mut run = Together { slots: &slots, group, members: &mut members };
+                    let outputs = run.step(&mut self.graph, &self.spec, embeds, keys);
+                    outputs.and_then(|outputs| self.rows(outputs, count))
+                } else {
+                    Err(nothing())
+                };
+                match read {
+                    Ok(rows) => {
+                        for ((row, _), logits) in members.iter().zip(rows) {
+                            results[*row] = Some(self.finite(logits));
+                        }
+                    }
+                    // What is wrong with one sequence must not end the others.
+                    Err(error) => {
+                        if count > 1 {
+                            tracing::warn!(%error, count, "sequences are read one by one");
+                        }
+                        alone.append(&mut members);
+                    }
+                }
+            }
+            self.slots = Some(slots);
+        }
+        for (row, cache) in alone.into_iter().chain(together) {
+            let embeds = embeds.slice(s![row..=row, ..]);
+            results[row] = Some(self.forward(&embeds, &keys[row..=row], cache));
+        }
+        results.into_iter().map(|result| result.unwrap_or_else(|| Err(nothing()))).collect()
+    }
+
     /// The logits of the last `wanted` of `rows` positions of a run.
     fn logits(&mut self, mut outputs: Outputs, rows: usize, wanted: usize) -> Result<Vec<Logits>> {
-        let all: Vec<Logits> = match &mut self.head {
-            None => {
-                let logits = outputs.take("logits")?;
-                let logits = logits.reals()?;
-                logits.chunks_exact(self.spec.logits_width).map(|row| Logits(row.to_vec())).collect()
-            }
+        let all = match &mut self.head {
+            None => self.rows(outputs, wanted)?,
             Some(head) => {
                 let hidden = outputs.take(HIDDEN_STATES)?;
                 let hidden = hidden.reals()?;
@@ -162,20 +240,28 @@ impl Decoder {
                 states.skip(rows - wanted).map(|row| head.logits(row).map(Logits)).collect::<Result<_>>()?
             }
         };
-        if all.len() != wanted {
-            let found = all.len();
-            return Err(Error::graph(
-                self.graph.name(),
-                format!("it gave {found} rows of logits for {wanted}"),
-            ));
+        all.into_iter().map(|logits| self.finite(logits)).collect()
+    }
+
+    /// The logits that a run gave for `wanted` positions.
+    fn rows(&self, mut outputs: Outputs, wanted: usize) -> Result<Vec<Logits>> {
+        let logits = outputs.take("logits")?;
+        let logits = logits.reals()?;
+        let all: Vec<Logits> =
+            logits.chunks_exact(self.spec.logits_width).map(|row| Logits(row.to_vec())).collect();
+        if all.len() == wanted {
+            return Ok(all);
         }
-        let broken =
-            all.iter().flat_map(|logits| logits.0.iter().enumerate()).find(|(_, value)| !value.is_finite());
-        if let Some((place, value)) = broken {
-            let reason = format!("its logits are not finite numbers ({value} at token {place})");
-            return Err(Error::Unsound { graph: self.graph.name().to_owned(), reason });
-        }
-        Ok(all)
+        let found = all.len();
+        Err(Error::graph(self.graph.name(), format!("it gave {found} rows of logits for {wanted}")))
+    }
+
+    fn finite(&self, logits: Logits) -> Result<Logits> {
+        let Some((place, value)) = logits.0.iter().enumerate().find(|(_, value)| !value.is_finite()) else {
+            return Ok(logits);
+        };
+        let reason = format!("its logits are not finite numbers ({value} at token {place})");
+        Err(Error::Unsound { graph: self.graph.name().to_owned(), reason })
     }
 }
 

@@ -38,10 +38,6 @@ impl DeltaKv {
 }
 
 impl KvStore for DeltaKv {
-    fn reserve(&mut self, _positions: usize, _used: usize) -> Result<()> {
-        Ok(())
-    }
-
     fn step(
         &mut self,
         graph: &mut Graph,
@@ -79,10 +75,6 @@ impl KvStore for DeltaKv {
         Ok(outputs)
     }
 
-    fn truncate(&mut self, _used: usize) -> Result<()> {
-        // The mask hides what lies behind the used length.
-        Ok(())
-    }
     fn tensors(&self) -> Result<&[Tensor], &'static str> {
         Ok(&self.caches)
     }

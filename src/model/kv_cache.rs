@@ -13,7 +13,7 @@ use super::scatter_kv::ScatterKv;
 use super::shared_kv::SharedKv;
 use crate::error::{Error, Result};
 use crate::package::manifest::{DType, DecoderSpec, KvForm, KvSpec};
-use crate::runtime::{CacheMemory, Graph, Outputs, RowBytes, Tensor};
+use crate::runtime::{CacheMemory, Graph, Outputs, RowBytes, Slot, Tensor};
 use crate::text::TokenId;
 
 /// What stands at one position of a context. Equal keys in equal places mean equal cache rows.
@@ -81,8 +81,11 @@ pub(super) struct Piece<'a> {
 
 /// One way to hand past keys and values to a decoder graph and to take the present ones back.
 pub(super) trait KvStore: std::fmt::Debug + Send {
-    /// Makes room for `positions` in all, keeping the first `used`.
-    fn reserve(&mut self, positions: usize, used: usize) -> Result<()>;
+    /// Makes room for `positions` in all, keeping the first `used`. A form whose size is fixed, or that grows by itself
+    /// at each step, has nothing to do.
+    fn reserve(&mut self, _positions: usize, _used: usize) -> Result<()> {
+        Ok(())
+    }
 
     /// Runs `graph` over `embeds`, `[new, hidden]`, after `past` positions. What it gives of the new positions, but
     /// for keys and values, is returned; logits of the last `wanted` positions.
@@ -94,8 +97,16 @@ pub(super) trait KvStore: std::fmt::Debug + Send {
         wanted: usize,
     ) -> Result<Outputs>;
 
-    /// Forgets all but the first `used` positions.
-    fn truncate(&mut self, used: usize) -> Result<()>;
+    /// Forgets all but the first `used` positions. A form that tells its graph how many there are, or masks the others,
+    /// may leave them where they are.
+    fn truncate(&mut self, _used: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// The slot of [`crate::runtime::Slots`] that it lies in, if it does.
+    fn slot(&self) -> Option<&Slot> {
+        None
+    }
 
     /// The tensors that hold the rows, or why the host cannot read them. There may be none before the first room is
     /// made.
@@ -123,6 +134,37 @@ impl KvCache {
             KvForm::Concat => Box::new(ConcatKv::new(spec, kv.dtype)?),
         };
         Ok(Self { positions: Vec::new(), layout, store })
+    }
+
+    /// A cache of the `shared` form in a slot beside others.
+    pub(super) fn in_slot(spec: &DecoderSpec, kv: KvSpec, memory: &CacheMemory, slot: Slot) -> Result<Self> {
+        let store = Box::new(SharedKv::in_slot(spec, kv.dtype, memory.clone(), slot)?);
+        Ok(Self { positions: Vec::new(), layout: RowLayout::new(spec, kv), store })
+    }
+
+    /// Which slot it lies in, if it lies in one.
+    pub(super) fn slot(&self) -> Option<usize> {
+        self.store.slot().map(Slot::index)
+    }
+
+    /// A row was added for what `key` says.
+    pub(super) fn grew(&mut self, key: PositionKey) {
+        self.positions.push(key);
+        self.tell();
+    }
+
+    /// Tells the slot how many rows it holds.
+    fn tell(&self) {
+        if let Some(slot) = self.store.slot() {
+            slot.holds(self.positions.len());
+        }
+    }
+
+    /// Adds the positions `range` of another cache, of which this one holds all before.
+    pub(super) fn copy_from(&mut self, other: &Self, range: Range<usize>) -> Result<()> {
+        let bytes = other.export(&range)?;
+        let piece = Piece { bytes: &bytes, height: range.len(), wanted: 0..range.len() };
+        self.import(&other.positions[range], &[piece])
     }
 
     /// Positions read so far.
@@ -189,12 +231,14 @@ impl KvCache {
             }
         }
         self.positions.extend_from_slice(keys);
+        self.tell();
         Ok(())
     }
 
     /// Forgets all but the first `positions`.
     pub(super) fn truncate(&mut self, positions: usize) -> Result<()> {
         self.positions.truncate(positions);
+        self.tell();
         self.store.truncate(positions)
     }
 
@@ -214,6 +258,7 @@ impl KvCache {
     ) -> Result<Outputs> {
         let outputs = self.store.step(graph, embeds, self.positions.len(), wanted)?;
         self.positions.extend_from_slice(keys);
+        self.tell();
         Ok(outputs)
     }
 }

@@ -78,14 +78,20 @@ impl MemoryGate {
         })
     }
 
-    /// How many bytes may be used for what need not be kept, at most `wanted`, and what decided that: an eighth of
-    /// what the machine has left, and of `limit` what the model leaves.
-    pub(super) fn spare(&self, loader: &Loader, wanted: u64, limit: Option<u64>) -> Result<(u64, String)> {
+    /// How many bytes may be used for what need not be kept, at most `wanted`, and what decided that: one part of
+    /// `parts` of what the machine has left, and of `limit` what the model leaves.
+    pub(super) fn spare(
+        &self,
+        loader: &Loader,
+        wanted: u64,
+        parts: u64,
+        limit: Option<u64>,
+    ) -> Result<(u64, String)> {
         let memory = Memory::probe(&Roots::default());
         let mut least = (wanted, "as much as a full context takes".to_owned());
-        let eighth = memory.budget() / 8;
-        if eighth < least.0 {
-            least = (eighth, format!("an eighth of what is left: {}", memory.explain()));
+        let part = memory.budget() / parts;
+        if part < least.0 {
+            least = (part, format!("1/{parts} of what is left: {}", memory.explain()));
         }
         if let Some(limit) = limit {
             let served = self.served();

@@ -16,20 +16,17 @@ pub mod measure;
 mod memory;
 pub mod prefix;
 pub mod projector;
+mod reading;
 mod rotary;
 mod scatter_kv;
 pub mod selection;
 mod shared_kv;
 pub mod stamp;
+mod together;
 pub mod vision;
 pub mod visual_tokens;
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use ndarray::{Axis, concatenate, s};
 use serde::Serialize;
@@ -48,11 +45,11 @@ use chain::{Chain, Loader, Opened, Serving};
 use compiled::{NoticeSink, PackedWeights};
 use decision::Decision;
 use decoder::{Decoder, Logits};
-use embed::{Run, TokenEmbedder};
+use embed::TokenEmbedder;
 use goldens::{ATTENTION_WEIGHTS, Agreement, Goldens, IMAGE_EMBEDDINGS, LOGITS, PATCH_FEATURES, distance};
 use head::Head;
 use kv_cache::{KvCache, PositionKey};
-use prefix::{CachedFrom, PrefixOptions, PrefixReport, Prefixes, Scope, Served};
+use prefix::{PrefixOptions, PrefixReport, Prefixes, Scope, Served};
 use projector::{ImageEmbeds, Projector};
 use rotary::RotaryTable;
 use selection::{ProviderSelection, VariantSelection};
@@ -63,11 +60,14 @@ use visual_tokens::VisualTokens;
 pub use chain::{ComponentReport, OwnKernels};
 #[cfg(feature = "cli")]
 pub(crate) use memory::{host as memory_host, host_of as memory_host_of};
+pub use reading::{Prefill, Reading};
 
 /// What generation needs from a model: read a prompt, then read one more token at a time.
 pub trait CausalModel: Send {
     /// What was read so far.
     type Cache: Send;
+    /// A prompt of which a part was read.
+    type Reading: Send;
 
     /// A cache with nothing in it.
     ///
@@ -75,24 +75,72 @@ pub trait CausalModel: Send {
     /// When its first buffers cannot be allocated.
     fn empty_cache(&mut self) -> Result<Self::Cache>;
 
-    /// Reads `prompt`, with `images` in its places, into `cache`. What the cache already holds of the beginning is not
-    /// read again; what it holds beyond that is forgotten.
+    /// How many sequences it has room for.
+    fn room(&self) -> Room;
+
+    /// What `cache` holds of a prompt.
+    ///
+    /// # Errors
+    /// [`Error::Request`] when the prompt has another number of images than `images`.
+    fn shared(&self, prompt: &Prompt, images: &[Arc<ImageInput>], cache: &Self::Cache) -> Result<Shared>;
+
+    /// Begins to read `prompt`, with `images` in its places, into `cache`. What the cache already holds of the beginning
+    /// is not read again, nor is what one of `others` holds, or what was kept of earlier prompts; what the cache holds
+    /// beyond that is forgotten.
+    ///
+    /// # Errors
+    /// As [`CausalModel::read_on`].
+    fn begin(
+        &mut self,
+        prompt: &Prompt,
+        images: &[Arc<ImageInput>],
+        cache: &mut Self::Cache,
+        others: &[&Self::Cache],
+    ) -> Result<Self::Reading>;
+
+    /// Encodes one image of what was begun with `cache`, or reads at most `most` positions; the last piece gives what
+    /// came of it.
     ///
     /// # Errors
     /// [`Error::Graph`] when a graph fails, [`Error::Unsound`] when it gives what is no number; [`Error::Cancelled`] when
     /// [`CausalModel::canceler`] was used. The cache then holds a prefix of the prompt.
+    fn read_on(
+        &mut self,
+        reading: &mut Self::Reading,
+        most: usize,
+        cache: &mut Self::Cache,
+    ) -> Result<Option<Prefill>>;
+
+    /// Reads a whole prompt.
+    ///
+    /// # Errors
+    /// As [`CausalModel::read_on`].
     fn prefill(
         &mut self,
         prompt: &Prompt,
         images: &[Arc<ImageInput>],
         cache: &mut Self::Cache,
-    ) -> Result<Prefill>;
+    ) -> Result<Prefill> {
+        let mut reading = self.begin(prompt, images, cache, &[])?;
+        loop {
+            if let Some(prefill) = self.read_on(&mut reading, usize::MAX, cache)? {
+                return Ok(prefill);
+            }
+        }
+    }
 
     /// Reads one more token.
     ///
     /// # Errors
-    /// As [`CausalModel::prefill`], and [`Error::TooLong`] at the context's end.
+    /// As [`CausalModel::read_on`], and [`Error::TooLong`] at the context's end.
     fn decode(&mut self, token: TokenId, cache: &mut Self::Cache) -> Result<Logits>;
+
+    /// Reads one more token of each of several sequences, and gives the logits behind each; as [`CausalModel::decode`]
+    /// for each of them, in one run where the model has [`Room`] for that.
+    ///
+    /// # Errors
+    /// For each those of [`CausalModel::decode`]; the others are not concerned.
+    fn decode_each(&mut self, tokens: &[TokenId], caches: &mut [&mut Self::Cache]) -> Vec<Result<Logits>>;
 
     /// The most tokens that [`CausalModel::decode_all`] takes.
     ///
@@ -135,23 +183,25 @@ pub trait CausalModel: Send {
     fn demote(&mut self, graph: &str, reason: &str) -> Result<Demotion>;
 }
 
-/// What reading a prompt gave.
-#[derive(Clone, Debug)]
-pub struct Prefill {
-    /// The logits of the last position.
-    pub logits: Logits,
-    /// Positions that were not read again.
-    pub cached: usize,
-    /// Where they came from.
-    pub from: CachedFrom,
-    /// Images that were encoded; an image whose positions were all cached, or that was encoded before, is not.
-    pub images_encoded: usize,
-    /// Time for finding what was read before, and copying it.
-    pub restore: Duration,
-    /// Time for encoding and projecting images.
-    pub vision: Duration,
-    /// Time for the decoder.
-    pub decoder: Duration,
+/// Sequences that a model has room for at once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Room {
+    /// How many sequences; what more than one of them say next is read in one run.
+    pub sequences: usize,
+    /// Positions that all of them may hold together.
+    pub positions: usize,
+    /// What decided it, where that is less than was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limited_by: Option<String>,
+}
+
+/// What a cache holds of a prompt, in positions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shared {
+    /// Positions from the start that are those of the prompt.
+    pub common: usize,
+    /// All that it holds.
+    pub held: usize,
 }
 
 /// How a model is loaded.
@@ -174,6 +224,8 @@ pub struct ModelOptions {
     pub prefill_chunk: Option<usize>,
     /// Positions that an image takes, the rows chosen as [`visual_tokens`] says; all that it has otherwise.
     pub visual_tokens: Option<usize>,
+    /// Sequences that are to be answered at once; memory may allow fewer, see [`Room`].
+    pub parallel: usize,
     /// Keep the vision encoder and the projector in memory only while an image is encoded.
     pub low_memory: bool,
     /// The most bytes of memory that the model may take; what the machine has left bounds it in any case.
@@ -209,6 +261,7 @@ impl Default for ModelOptions {
             threads: None,
             prefill_chunk: Some(PREFILL_CHUNK),
             visual_tokens: None,
+            parallel: 1,
             low_memory: false,
             memory_limit: None,
             decision: None,
@@ -248,6 +301,7 @@ pub struct LlavaPhi {
     embedder: TokenEmbedder,
     visual_tokens: VisualTokens,
     prefixes: Prefixes,
+    room: Room,
 }
 
 /// A component while it serves, and what may take over from it.
@@ -283,9 +337,10 @@ impl LlavaPhi {
         projector.rest(&loader);
         let rotary = RotaryTable::open(package)?.map(Arc::new);
         let mut head = None;
-        let decoder = Stage::open(chain(Component::Decoder)?, &loader, |opened| {
+        let mut decoder = Stage::open(chain(Component::Decoder)?, &loader, |opened| {
             check_decoder(opened, &loader, &goldens, &embedder, rotary.as_ref(), &mut head)
         })?;
+        let room = make_room(&loader, &mut decoder)?;
         let reports = [&vision.report, &projector.report, &decoder.report];
         let prefixes = open_prefixes(&loader, reports, &decoder)?;
         Ok(Self {
@@ -299,6 +354,7 @@ impl LlavaPhi {
             embedder,
             visual_tokens,
             prefixes,
+            room,
         })
     }
 
@@ -559,63 +615,61 @@ fn image_at(images: &[Arc<ImageInput>], index: usize) -> Result<&Arc<ImageInput>
 
 impl CausalModel for LlavaPhi {
     type Cache = KvCache;
+    type Reading = Reading;
 
     fn empty_cache(&mut self) -> Result<KvCache> {
         self.decoder()?.empty_cache()
     }
 
-    fn prefill(
+    fn room(&self) -> Room {
+        self.room.clone()
+    }
+
+    fn shared(&self, prompt: &Prompt, images: &[Arc<ImageInput>], cache: &KvCache) -> Result<Shared> {
+        let common = cache.common_prefix(&position_keys(prompt, images, self.visual_tokens)?);
+        Ok(Shared { common, held: cache.len() })
+    }
+
+    fn begin(
         &mut self,
         prompt: &Prompt,
         images: &[Arc<ImageInput>],
         cache: &mut KvCache,
-    ) -> Result<Prefill> {
-        let tokens_per_image = self.visual_tokens.count();
-        let keys = position_keys(prompt, images, self.visual_tokens)?;
-        let begin = Instant::now();
-        let found = self.prefixes.restore(cache, &keys, &self.loader.canceler)?;
-        // The last position is read again even when it is cached: its logits are what is wanted.
-        let cached = cache.len().min(keys.len().saturating_sub(1));
-        if cache.len() > cached {
-            cache.truncate(cached)?;
-        }
-        let from = found.from.at_most(cached);
-        let restore = begin.elapsed();
+        others: &[&KvCache],
+    ) -> Result<Reading> {
+        self.begin_reading(prompt, images, cache, others)
+    }
 
-        let begin = Instant::now();
-        let mut images_encoded = 0;
-        let mut embedded: HashMap<[u8; 32], Arc<ImageEmbeds>> = HashMap::new();
-        for (index, start) in image_starts(prompt, tokens_per_image) {
-            let image = image_at(images, index)?;
-            let hash = *image.hash();
-            if start + tokens_per_image <= cached || embedded.contains_key(&hash) {
-                continue;
-            }
-            let embeds = if let Some(embeds) = self.prefixes.image(&hash) {
-                embeds
-            } else {
-                images_encoded += 1;
-                let embeds = Arc::new(self.encode(image)?);
-                self.prefixes.keep_image(hash, &embeds);
-                embeds
-            };
-            embedded.insert(hash, embeds);
-        }
-        let vision = begin.elapsed();
-
-        let begin = Instant::now();
-        cache.reserve(keys.len())?;
-        let runs = runs_after(prompt, images, &embedded, tokens_per_image, cached)?;
-        let embeds = self.embedder.splice(&runs)?;
-        let logits = self.decoder()?.forward(&embeds.view(), &keys[cached..], cache)?;
-        let decoder = begin.elapsed();
-        self.prefixes.write(cache, &keys, found);
-        Ok(Prefill { logits, cached, from, images_encoded, restore, vision, decoder })
+    fn read_on(
+        &mut self,
+        reading: &mut Reading,
+        most: usize,
+        cache: &mut KvCache,
+    ) -> Result<Option<Prefill>> {
+        self.read_piece(reading, most, cache)
     }
 
     fn decode(&mut self, token: TokenId, cache: &mut KvCache) -> Result<Logits> {
         let embeds = self.embedder.embed(&[token])?;
         self.decoder()?.forward(&embeds.view(), &[PositionKey::Token(token)], cache)
+    }
+
+    fn decode_each(&mut self, tokens: &[TokenId], caches: &mut [&mut KvCache]) -> Vec<Result<Logits>> {
+        let failed = |error: Error| {
+            // Each is told; the cause stays with the first.
+            let text = error.to_string();
+            let rest = (1..tokens.len()).map(|_| Err(Error::Stopped(text.clone()))).collect::<Vec<_>>();
+            [Err(error)].into_iter().chain(rest).collect()
+        };
+        let embeds = match self.embedder.embed(tokens) {
+            Ok(embeds) => embeds,
+            Err(error) => return failed(error),
+        };
+        let keys: Vec<PositionKey> = tokens.iter().map(|&token| PositionKey::Token(token)).collect();
+        match self.decoder() {
+            Ok(decoder) => decoder.forward_each(&embeds.view(), &keys, caches),
+            Err(error) => failed(error),
+        }
     }
 
     fn most_at_once(&self) -> Result<usize> {
@@ -661,7 +715,9 @@ impl CausalModel for LlavaPhi {
     }
 
     fn demote(&mut self, graph: &str, reason: &str) -> Result<Demotion> {
-        let Self { loader, goldens, vision, projector, decoder, embedder, rotary, head, prefixes, .. } = self;
+        let Self {
+            loader, goldens, vision, projector, decoder, embedder, rotary, head, prefixes, room, ..
+        } = self;
         let demotion = match Component::ALL.into_iter().find(|component| component.name() == graph) {
             Some(Component::VisionEncoder) => {
                 vision.replace(loader, reason, |opened| check_vision(opened, goldens))
@@ -675,8 +731,31 @@ impl CausalModel for LlavaPhi {
         }?;
         prefixes.replace(scope(loader, [&vision.report, &projector.report, &decoder.report], decoder)?);
         prefixes.open_shipped(&loader.package);
+        if demotion.component == Component::Decoder {
+            *room = make_room(loader, decoder)?;
+        }
         Ok(demotion)
     }
+}
+
+/// Room for the sequences that are to be answered at once: at most half of what memory is left is taken for them.
+fn make_room(loader: &Loader, decoder: &mut Stage<Decoder>) -> Result<Room> {
+    let ModelOptions { parallel, memory_limit, .. } = loader.options;
+    let serving = decoder.serving.as_mut().ok_or_else(no_decoder)?;
+    let context = serving.capacity();
+    let one = |why| Room { sequences: 1, positions: context, limited_by: why };
+    if parallel <= 1 {
+        return Ok(one(None));
+    }
+    let position = serving.layout().position_bytes() as u64;
+    let wanted = position.saturating_mul((parallel * context) as u64);
+    let (bytes, why) = loader.memory.spare(loader, wanted, 2, memory_limit)?;
+    let positions = usize::try_from(bytes / position.max(1)).unwrap_or(usize::MAX).max(context);
+    if let Err(why) = serving.keep_together(parallel)? {
+        return Ok(one(Some(why)));
+    }
+    let limited_by = (positions < parallel * context).then_some(why);
+    Ok(Room { sequences: parallel, positions, limited_by })
 }
 
 /// What is kept of prompts, for the model that `reports` tell of.
@@ -685,7 +764,7 @@ fn open_prefixes(
     reports: [&ComponentReport; 3],
     decoder: &Stage<Decoder>,
 ) -> Result<Prefixes> {
-    let ModelOptions { prefixes, memory_limit, low_memory, notices, .. } = &loader.options;
+    let ModelOptions { prefixes, memory_limit, low_memory, notices, parallel, .. } = &loader.options;
     let scope = scope(loader, reports, decoder)?;
     let memory = match prefixes.memory {
         Some(limit) => (limit, "the limit that was given".to_owned()),
@@ -693,12 +772,15 @@ fn open_prefixes(
         None => {
             let context = loader.package.manifest().decoder.context;
             let full = (context as u64).saturating_mul(scope.layout.position_bytes() as u64);
-            loader.memory.spare(loader, full, *memory_limit)?
+            loader.memory.spare(loader, full, 8, *memory_limit)?
         }
     };
     let name = &loader.package.manifest().name;
     let directory = prefixes.directory.clone();
     let mut prefixes = Prefixes::new(name, scope, memory, directory, notices.clone());
+    if *parallel > 1 {
+        prefixes.never_wait();
+    }
     prefixes.open_shipped(&loader.package);
     Ok(prefixes)
 }
@@ -728,53 +810,4 @@ fn scope(loader: &Loader, reports: [&ComponentReport; 3], decoder: &Stage<Decode
         ),
         layout,
     })
-}
-
-/// Each image of `prompt` and the position where it begins.
-fn image_starts(prompt: &Prompt, tokens_per_image: usize) -> Vec<(usize, usize)> {
-    let mut starts = Vec::new();
-    let mut at = 0;
-    for span in prompt.spans() {
-        match span {
-            Span::Text(ids) => at += ids.len(),
-            Span::Image(index) => {
-                starts.push((*index, at));
-                at += tokens_per_image;
-            }
-        }
-    }
-    starts
-}
-
-/// The positions of `prompt` from `cached` on.
-fn runs_after<'a>(
-    prompt: &'a Prompt,
-    images: &[Arc<ImageInput>],
-    embedded: &'a HashMap<[u8; 32], Arc<ImageEmbeds>>,
-    tokens_per_image: usize,
-    cached: usize,
-) -> Result<Vec<Run<'a>>> {
-    let mut runs = Vec::new();
-    let mut at = 0;
-    for span in prompt.spans() {
-        let length = match span {
-            Span::Text(ids) => ids.len(),
-            Span::Image(_) => tokens_per_image,
-        };
-        let skip = cached.saturating_sub(at).min(length);
-        at += length;
-        if skip == length {
-            continue;
-        }
-        runs.push(match span {
-            Span::Text(ids) => Run::Tokens(&ids[skip..]),
-            Span::Image(index) => {
-                let embeds = embedded
-                    .get(image_at(images, *index)?.hash())
-                    .ok_or_else(|| Error::Request(format!("image {} was not encoded", index + 1)))?;
-                Run::Image { embeds, rows: skip..length }
-            }
-        });
-    }
-    Ok(runs)
 }

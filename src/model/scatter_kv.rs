@@ -30,10 +30,6 @@ impl ScatterKv {
 }
 
 impl KvStore for ScatterKv {
-    fn reserve(&mut self, _positions: usize, _used: usize) -> Result<()> {
-        Ok(())
-    }
-
     fn step(
         &mut self,
         graph: &mut Graph,
@@ -58,10 +54,6 @@ impl KvStore for ScatterKv {
         graph.run_in_place(&inputs, &mut in_place)
     }
 
-    fn truncate(&mut self, _used: usize) -> Result<()> {
-        // The mask hides what lies behind the used length.
-        Ok(())
-    }
     fn tensors(&self) -> Result<&[Tensor], &'static str> {
         if self.on_host { Ok(&self.buffers) } else { Err(ON_DEVICE) }
     }

@@ -5,13 +5,14 @@ use ndarray::ArrayView2;
 use super::kv_cache::{CacheNames, KvStore, ON_DEVICE, PRESENT, batch_of_one, last_index};
 use crate::error::{Error, Result};
 use crate::package::manifest::{DType, DecoderSpec};
-use crate::runtime::{CacheMemory, Graph, Outputs, Tensor};
+use crate::runtime::{CacheMemory, Graph, Outputs, Slot, Tensor};
 
 /// Buffers grow in steps of this many positions: a full context is not paid for by a short answer, and an answer does
 /// not copy its cache at every token.
 const GROWTH: usize = 256;
 
-/// Keys and values as `[1, kv_heads, capacity, head_dim]` tensors; rows from the used length on are not defined.
+/// Keys and values as `[1, kv_heads, capacity, head_dim]` tensors; rows from the used length on are not defined,
+/// and never read: `seqlens_k` says where the cache ends.
 #[derive(Debug)]
 pub(super) struct SharedKv {
     names: CacheNames,
@@ -22,6 +23,8 @@ pub(super) struct SharedKv {
     context: usize,
     dtype: DType,
     memory: CacheMemory,
+    /// What the buffers are a part of, where they lie beside those of other sequences.
+    slot: Option<Slot>,
 }
 
 impl SharedKv {
@@ -35,7 +38,14 @@ impl SharedKv {
             context: spec.context,
             dtype,
             memory,
+            slot: None,
         }
+    }
+
+    /// As [`SharedKv::new`], with the buffers of a slot, which hold a whole context.
+    pub(super) fn in_slot(spec: &DecoderSpec, dtype: DType, memory: CacheMemory, slot: Slot) -> Result<Self> {
+        let buffers = slot.tensors()?;
+        Ok(Self { buffers, capacity: spec.context, slot: Some(slot), ..Self::new(spec, dtype, memory) })
     }
 }
 
@@ -43,6 +53,9 @@ impl KvStore for SharedKv {
     fn reserve(&mut self, positions: usize, used: usize) -> Result<()> {
         if positions <= self.capacity {
             return Ok(());
+        }
+        if self.slot.is_some() {
+            return Err(Error::TooLong { needed: positions, capacity: self.capacity });
         }
         // Rows can be copied to a larger buffer on the host only.
         let most = self.context.max(positions);
@@ -88,10 +101,10 @@ impl KvStore for SharedKv {
         graph.run_in_place(&inputs, &mut in_place)
     }
 
-    fn truncate(&mut self, _used: usize) -> Result<()> {
-        // Rows past the used length are never read: `seqlens_k` says where the cache ends.
-        Ok(())
+    fn slot(&self) -> Option<&Slot> {
+        self.slot.as_ref()
     }
+
     fn tensors(&self) -> Result<&[Tensor], &'static str> {
         if self.memory.is_host() { Ok(&self.buffers) } else { Err(ON_DEVICE) }
     }

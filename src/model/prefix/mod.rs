@@ -118,6 +118,7 @@ pub(super) struct Prefixes {
     too_large: bool,
     disk: Arc<Disk>,
     writer: Option<JoinHandle<()>>,
+    patience: Duration,
 }
 
 /// What the thread that writes tells.
@@ -161,7 +162,13 @@ impl Prefixes {
             too_large: false,
             disk: Arc::default(),
             writer: None,
+            patience: PATIENCE,
         }
+    }
+
+    /// Does not wait for another process that reads the same prompt: others are being answered meanwhile.
+    pub(super) fn never_wait(&mut self) {
+        self.patience = Duration::ZERO;
     }
 
     /// Another model serves from now on: what the last one read is of no use, and what it wrote is in doubt.
@@ -175,8 +182,9 @@ impl Prefixes {
         self.scope = scope;
     }
 
-    /// Puts what was read before of `keys` into `cache`, which afterwards holds so much of them and nothing else. What
-    /// that takes out of the cache is kept in memory first, where it is worth it.
+    /// Puts what was read before of `keys` into `cache`, which afterwards holds so much of them and nothing else: what
+    /// one of `others` holds, or memory, or a file. What that takes out of the cache is kept in memory first, where it is
+    /// worth it.
     ///
     /// # Errors
     /// [`Error::Cancelled`] while another process reads the same prompt; others when rows cannot be copied, and the
@@ -185,6 +193,7 @@ impl Prefixes {
         &mut self,
         cache: &mut KvCache,
         keys: &[PositionKey],
+        others: &[&KvCache],
         canceler: &Canceler,
     ) -> Result<Found> {
         let working = cache.common_prefix(keys);
@@ -201,10 +210,20 @@ impl Prefixes {
             return Ok(found);
         }
         let held = self.memory.longest(keys);
-        if held > working {
-            cache.reserve(keys.len())?;
-            cache.import(&keys[working..held], &self.memory.pieces(keys, working, held))?;
-            found.from.memory = held - working;
+        let other =
+            others.iter().map(|other| (other.common_prefix(keys), other)).max_by_key(|(common, _)| *common);
+        match other {
+            Some((common, other)) if common > working && common >= held => {
+                cache.reserve(keys.len())?;
+                cache.copy_from(other, working..common)?;
+                found.from.memory = common - working;
+            }
+            _ if held > working => {
+                cache.reserve(keys.len())?;
+                cache.import(&keys[working..held], &self.memory.pieces(keys, working, held))?;
+                found.from.memory = held - working;
+            }
+            _ => {}
         }
         if let Some(snapshot) = &self.shipped {
             let (held, common) = (cache.len(), snapshot.common(keys));
@@ -309,7 +328,7 @@ impl Prefixes {
         let mut told = false;
         loop {
             match directory.claim(&self.scope, keys) {
-                Ok(None) if begin.elapsed() < PATIENCE => {}
+                Ok(None) if begin.elapsed() < self.patience => {}
                 Ok(claim) => return Ok(claim),
                 Err(error) => {
                     self.disk.stop(&error, self.notices.as_ref());

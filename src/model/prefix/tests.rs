@@ -103,7 +103,7 @@ fn prefixes(memory: u64, directory: Option<&PrefixDirectory>, told: &Arc<Mutex<V
 
 /// Reads `keys` as the model does, and says where they came from.
 fn ask(prefixes: &mut Prefixes, cache: &mut KvCache, keys: &[PositionKey]) -> CachedFrom {
-    let found = prefixes.restore(cache, keys, &Canceler::default()).unwrap();
+    let found = prefixes.restore(cache, keys, &[], &Canceler::default()).unwrap();
     let from = found.from;
     assert_eq!(from.total(), cache.len());
     assert_eq!(cache.export(&(0..cache.len())).unwrap(), rows(&keys[..cache.len()], 0, DType::F32));
@@ -408,12 +408,12 @@ fn who_reads_a_prompt_is_waited_for_unless_one_gives_up() {
     let keys = prompt(0..20, &[1]);
     let mut one = prefixes(0, Some(&directory), &told);
     let mut cache_of_one = cache(KvForm::Shared, DType::F32);
-    let found = one.restore(&mut cache_of_one, &keys, &Canceler::default()).unwrap();
+    let found = one.restore(&mut cache_of_one, &keys, &[], &Canceler::default()).unwrap();
     let mut other = prefixes(0, Some(&directory), &told);
     let canceler = Canceler::default();
     canceler.cancel();
     let mut cache_of_other = cache(KvForm::Shared, DType::F32);
-    assert!(matches!(other.restore(&mut cache_of_other, &keys, &canceler), Err(Error::Cancelled)));
+    assert!(matches!(other.restore(&mut cache_of_other, &keys, &[], &canceler), Err(Error::Cancelled)));
     let waiting = thread::spawn({
         let keys = keys.clone();
         move || ask(&mut other, &mut cache_of_other, &keys).disk
@@ -423,7 +423,7 @@ fn who_reads_a_prompt_is_waited_for_unless_one_gives_up() {
     assert_eq!(waiting.join().unwrap(), 20 + ROWS);
     // Whoever fails lets the next one read.
     let other_keys = prompt(0..20, &[2]);
-    drop(one.restore(&mut cache_of_one, &other_keys, &Canceler::default()).unwrap());
+    drop(one.restore(&mut cache_of_one, &other_keys, &[], &Canceler::default()).unwrap());
     assert_eq!(ask(&mut one, &mut cache(KvForm::Shared, DType::F32), &other_keys).total(), 0);
 }
 
