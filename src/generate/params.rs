@@ -1,8 +1,18 @@
 //! How an answer is made: its limits and how its tokens are chosen.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 
+use super::constraint::Constraint;
 use crate::error::{Error, Result};
+use crate::text::TokenId;
+
+/// The most likeliest tokens that are told beside each token of an answer, as in `OpenAI`'s API.
+pub const MOST_LOGPROBS: usize = 20;
+/// Frequency and presence penalties lie between minus this and this, as in `OpenAI`'s API.
+const HIGHEST_PENALTY: f32 = 2.0;
+/// A bias lies between minus this and this, as in `OpenAI`'s API.
+const HIGHEST_BIAS: f32 = 100.0;
 
 /// How one answer is made.
 #[derive(Clone, Debug, PartialEq)]
@@ -13,6 +23,17 @@ pub struct GenerateParams {
     pub sampling: Sampling,
     /// Divides the logits above 0 of tokens that the history holds and multiplies those below; 1 changes nothing.
     pub repetition_penalty: f32,
+    /// Subtracted from the logit of a token for each time that the answer holds it so far; from -2 to 2, and 0 changes
+    /// nothing.
+    pub frequency_penalty: f32,
+    /// Subtracted once from the logit of a token that the answer holds so far; from -2 to 2, and 0 changes nothing.
+    pub presence_penalty: f32,
+    /// Added to the logits of these tokens, behind the penalties; from -100, which as good as bans a token, to 100.
+    pub logit_bias: BTreeMap<TokenId, f32>,
+    /// Tell how likely each token of the answer was, and this many of the likeliest in its place, at most
+    /// [`MOST_LOGPROBS`]. These are the model's own probabilities: those of its logits before penalties, bias,
+    /// temperature, cuts and a constraint, as `OpenAI` and vLLM tell them.
+    pub logprobs: Option<usize>,
     /// Strings that end the answer and are not part of it.
     pub stop: Vec<String>,
     /// Where the random numbers begin; one seed gives one answer on every platform.
@@ -20,6 +41,8 @@ pub struct GenerateParams {
     /// Guess at most this many tokens ahead from what was read and written before, and read them in one run; `None`
     /// reads each token by itself. The answer is the same; see [`super::lookup`].
     pub lookup: Option<NonZeroUsize>,
+    /// What the answer has to look like; anything otherwise.
+    pub constraint: Option<Constraint>,
 }
 
 /// How a token is chosen from the logits.
@@ -47,9 +70,14 @@ impl Default for GenerateParams {
             max_new_tokens: None,
             sampling: Sampling::Greedy,
             repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
+            logprobs: None,
             stop: Vec::new(),
             seed: 0,
             lookup: None,
+            constraint: None,
         }
     }
 }
@@ -67,10 +95,66 @@ impl GenerateParams {
         if !penalty.is_finite() || penalty <= 0.0 {
             return refuse(format!("repetition-penalty is {penalty}; give a number above 0, 1 is none"));
         }
+        for (name, penalty) in
+            [("frequency-penalty", self.frequency_penalty), ("presence-penalty", self.presence_penalty)]
+        {
+            if !(-HIGHEST_PENALTY..=HIGHEST_PENALTY).contains(&penalty) {
+                return refuse(format!(
+                    "{name} is {penalty}; give a number from -{HIGHEST_PENALTY} to {HIGHEST_PENALTY}, 0 is none"
+                ));
+            }
+        }
+        if let Some((id, bias)) =
+            self.logit_bias.iter().find(|(_, bias)| !(-HIGHEST_BIAS..=HIGHEST_BIAS).contains(*bias))
+        {
+            return refuse(format!(
+                "logit-bias of token {id} is {bias}; give a number from -{HIGHEST_BIAS} to {HIGHEST_BIAS}"
+            ));
+        }
+        if let Some(count) = self.logprobs.filter(|count| *count > MOST_LOGPROBS) {
+            return refuse(format!(
+                "logprobs asks for the {count} likeliest tokens of each place; ask for at most {MOST_LOGPROBS}"
+            ));
+        }
         if self.stop.iter().any(String::is_empty) {
             return refuse("a stop string is empty and would end every answer at once; leave it out");
         }
+        self.fits_choice()?;
         self.sampling.validate()
+    }
+
+    /// A choice is made by how likely each text is as a whole, so nothing may change how likely single tokens are.
+    fn fits_choice(&self) -> Result<()> {
+        if self.constraint.as_ref().and_then(Constraint::choices).is_none() {
+            return Ok(());
+        }
+        let given = [
+            ("repetition-penalty", self.repetition_penalty.to_bits() != 1.0_f32.to_bits()),
+            ("frequency-penalty", self.frequency_penalty != 0.0),
+            ("presence-penalty", self.presence_penalty != 0.0),
+            ("logit-bias", !self.logit_bias.is_empty()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((name, _)) => refuse(format!(
+                "{name} changes how likely tokens are and a choice is made by how likely its texts are; \
+                 leave out one or the other"
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses values that mean nothing, and what does not fit a tokenizer of `vocabulary` entries.
+    ///
+    /// # Errors
+    /// [`Error::Request`], as [`GenerateParams::validate`], and for a bias of an id that is no token.
+    pub fn validate_for(&self, vocabulary: usize) -> Result<()> {
+        self.validate()?;
+        match self.logit_bias.last_key_value() {
+            Some((id, _)) if usize::try_from(*id).is_ok_and(|id| id >= vocabulary) => refuse(format!(
+                "logit-bias names token {id} and the model has tokens below {vocabulary}; leave it out"
+            )),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -237,5 +321,42 @@ mod tests {
         assert!(Sampling::from_options(Some(-0.5), None, None, None).is_err());
         assert!(Sampling::from_options(Some(f32::NAN), None, None, None).is_err());
         assert!(Sampling::from_options(None, Some(2.0), None, None).is_err());
+    }
+
+    #[test]
+    fn penalties_biases_and_counts_out_of_range_are_refused_by_name() {
+        let check = |change: fn(&mut GenerateParams), wanted: &str| {
+            let mut params = GenerateParams::default();
+            change(&mut params);
+            assert_eq!(params.validate_for(8).unwrap_err().to_string(), wanted);
+        };
+        check(
+            |params| params.frequency_penalty = 2.5,
+            "frequency-penalty is 2.5; give a number from -2 to 2, 0 is none",
+        );
+        check(
+            |params| params.presence_penalty = f32::NAN,
+            "presence-penalty is NaN; give a number from -2 to 2, 0 is none",
+        );
+        check(
+            |params| params.logit_bias = [(3, -101.0)].into(),
+            "logit-bias of token 3 is -101; give a number from -100 to 100",
+        );
+        check(
+            |params| params.logit_bias = [(3, 1.0), (8, 1.0)].into(),
+            "logit-bias names token 8 and the model has tokens below 8; leave it out",
+        );
+        check(
+            |params| params.logprobs = Some(21),
+            "logprobs asks for the 21 likeliest tokens of each place; ask for at most 20",
+        );
+        let sound = GenerateParams {
+            frequency_penalty: -2.0,
+            presence_penalty: 2.0,
+            logit_bias: [(7, 100.0)].into(),
+            logprobs: Some(20),
+            ..GenerateParams::default()
+        };
+        assert_eq!(sound.validate_for(8).map_err(|error| error.to_string()), Ok(()));
     }
 }

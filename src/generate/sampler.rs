@@ -1,11 +1,12 @@
 //! Logits to a token, the same one on every platform.
 //!
 //! ```text
-//! logits ─ repetition penalty ─> greedy: the highest
-//!                             └> temperature ─ top-k ─ top-p ─ min-p ─> draw
+//! logits ─ repetition penalty ─ frequency and presence penalty ─ bias ─> greedy: the highest
+//!                                                                    └> temperature ─ top-k ─ top-p ─ min-p ─> draw
 //! ```
 //!
-//! The order and the meaning of each step are those of `transformers`. Where tokens are equally likely the
+//! The order and the meaning of each step are those of `transformers`; frequency and presence penalty and the bias, which
+//! it lacks, are those of `OpenAI`'s API. Where tokens are equally likely the
 //! lower id goes first, also at the edge of a cut, where `transformers` keeps or drops them together.
 
 use std::cmp::Ordering;
@@ -28,7 +29,12 @@ use crate::text::TokenId;
 pub struct Sampler {
     sampling: Sampling,
     repetition_penalty: f32,
+    frequency_penalty: f32,
+    presence_penalty: f32,
+    bias: Vec<(TokenId, f32)>,
     vocabulary: usize,
+    /// Tokens of the history that stand before the answer.
+    prompt: usize,
     random: ChaCha8Rng,
     candidates: Vec<Candidate>,
     /// By id, whether the penalty was applied at this step.
@@ -40,7 +46,7 @@ pub struct Sampler {
 pub struct Candidate {
     /// The token.
     pub id: TokenId,
-    /// Its logit after the repetition penalty.
+    /// Its logit after penalties and bias.
     pub logit: f32,
     /// How likely it is, in parts of the likelihood of the most likely token: `exp((logit - highest) / temperature)`.
     pub weight: f64,
@@ -50,25 +56,37 @@ impl Sampler {
     /// Begins an answer. `vocabulary` is the number of the tokenizer's entries.
     ///
     /// # Errors
-    /// [`Error::Request`] for parameters that [`GenerateParams::validate`] refuses.
+    /// [`Error::Request`] for parameters that [`GenerateParams::validate_for`] refuses.
     pub fn new(params: &GenerateParams, vocabulary: usize) -> Result<Self> {
-        params.validate()?;
+        params.validate_for(vocabulary)?;
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&params.seed.to_le_bytes());
         Ok(Self {
             sampling: params.sampling,
             repetition_penalty: params.repetition_penalty,
+            frequency_penalty: params.frequency_penalty,
+            presence_penalty: params.presence_penalty,
+            bias: params.logit_bias.iter().map(|(id, bias)| (*id, *bias)).collect(),
             vocabulary,
+            prompt: 0,
             random: ChaCha8Rng::from_seed(seed),
             candidates: Vec::new(),
             seen: Vec::new(),
         })
     }
 
+    /// As this sampler, for an answer to a prompt: the first `prompt` tokens of each history are not of the answer, so that
+    /// frequency and presence penalty pass over them.
+    #[must_use]
+    pub fn behind(self, prompt: usize) -> Self {
+        Self { prompt, ..self }
+    }
+
     /// Chooses the next token.
     ///
-    /// `logits` are those of the last position; the repetition penalty is written into them. `history` holds the
-    /// tokens that it applies to: those of the prompt and of the answer so far.
+    /// `logits` are those of the last position; penalties and bias are written into them. `history` holds the tokens of
+    /// the prompt and of the answer so far, to which the repetition penalty applies; frequency and presence penalty only
+    /// to those of the answer, see [`Sampler::behind`].
     ///
     /// # Errors
     /// [`Error::Graph`] when the logits are fewer than the vocabulary, when one of them is not a number or is
@@ -124,25 +142,15 @@ impl Sampler {
         Ok(&self.candidates)
     }
 
-    /// The logits of the vocabulary, all finite or minus infinity, with the penalty applied.
+    /// The logits of the vocabulary, all finite or minus infinity, with penalties and bias applied.
     fn penalized<'a>(&mut self, logits: &'a mut [f32], history: &[TokenId]) -> Result<&'a [f32]> {
-        let width = logits.len();
-        let logits =
-            logits.get_mut(..self.vocabulary).filter(|logits| !logits.is_empty()).ok_or_else(|| {
-                let vocabulary = self.vocabulary;
-                fault(format!(
-                    "{width} logits serve no vocabulary of {vocabulary} tokens; export the package again"
-                ))
-            })?;
-        if let Some((id, logit)) =
-            logits.iter().enumerate().find(|(_, logit)| logit.is_nan() || **logit == f32::INFINITY)
-        {
-            return Err(fault(format!(
-                "the logits contain {logit} at token {id}; a stage before it overflowed, try another variant"
-            )));
-        }
+        let logits = sound(logits, self.vocabulary)?;
         if self.repetition_penalty.to_bits() != 1.0_f32.to_bits() {
             self.penalize(logits, history);
+        }
+        self.subtract(logits, history.get(self.prompt..).unwrap_or_default());
+        for (id, bias) in &self.bias {
+            change(logits, *id, *bias);
         }
         if logits.iter().all(|logit| *logit == f32::NEG_INFINITY) {
             return Err(fault(
@@ -150,6 +158,20 @@ impl Sampler {
             ));
         }
         Ok(logits)
+    }
+
+    /// Applies frequency and presence penalty to the tokens of `answer`.
+    fn subtract(&mut self, logits: &mut [f32], answer: &[TokenId]) {
+        if self.frequency_penalty == 0.0 && self.presence_penalty == 0.0 {
+            return;
+        }
+        self.seen.clear();
+        self.seen.resize(logits.len(), false);
+        for id in answer {
+            let Some(seen) = usize::try_from(*id).ok().and_then(|id| self.seen.get_mut(id)) else { continue };
+            let once = if std::mem::replace(seen, true) { 0.0 } else { self.presence_penalty };
+            change(logits, *id, -(self.frequency_penalty + once));
+        }
     }
 
     fn penalize(&mut self, logits: &mut [f32], history: &[TokenId]) {
@@ -167,6 +189,30 @@ impl Sampler {
                 *logit = penalized.clamp(f32::NEG_INFINITY, f32::MAX);
             }
         }
+    }
+}
+
+/// The logits of a vocabulary of so many tokens, all finite or minus infinity.
+///
+/// # Errors
+/// [`Error::Graph`] when they are fewer, or when one of them is not a number or is infinity.
+pub fn sound(logits: &mut [f32], vocabulary: usize) -> Result<&mut [f32]> {
+    let width = logits.len();
+    let logits = logits.get_mut(..vocabulary).filter(|logits| !logits.is_empty()).ok_or_else(|| {
+        fault(format!("{width} logits serve no vocabulary of {vocabulary} tokens; export the package again"))
+    })?;
+    match logits.iter().enumerate().find(|(_, logit)| logit.is_nan() || **logit == f32::INFINITY) {
+        None => Ok(logits),
+        Some((id, logit)) => Err(fault(format!(
+            "the logits contain {logit} at token {id}; a stage before it overflowed, try another variant"
+        ))),
+    }
+}
+
+/// Adds `change` to the logit of `id`, which stays a number.
+fn change(logits: &mut [f32], id: TokenId, change: f32) {
+    if let Some(logit) = usize::try_from(id).ok().and_then(|id| logits.get_mut(id)) {
+        *logit = (*logit + change).clamp(f32::NEG_INFINITY, f32::MAX);
     }
 }
 
@@ -262,6 +308,23 @@ mod tests {
         let mut sampler = sampler(Sampling::Greedy, 2.0, 4);
         assert_eq!(sampler.pick(&mut logits, &[0, 0, 1, 99, TokenId::MAX]).unwrap(), 2);
         assert_eq!(logits.map_to_bits(), [2.0, -2.0, 3.0, -1.0].map_to_bits());
+    }
+
+    #[test]
+    fn frequency_and_presence_count_the_answer_and_not_the_prompt() {
+        let params = GenerateParams {
+            frequency_penalty: 0.5,
+            presence_penalty: 1.25,
+            logit_bias: [(0, -7.0), (3, 0.5)].into(),
+            ..GenerateParams::default()
+        };
+        let mut sampler = Sampler::new(&params, 5).unwrap().behind(2);
+        let mut logits = vec![4.0, 1.0, 3.0, -1.0, 1.0];
+        // Token 2 twice and token 3 once in the answer; tokens 4 and 2 in the prompt do not count.
+        assert_eq!(sampler.pick(&mut logits, &[4, 2, 2, 3, 2, TokenId::MAX]).unwrap(), 1);
+        assert_eq!(logits.map_to_bits(), [-3.0, 1.0, 0.75, -2.25, 1.0].map_to_bits());
+        // A history that is shorter than the prompt has no answer.
+        assert_eq!(sampler.pick(&mut [0.0, 1.0, 2.0, 3.0, 4.0], &[4]).unwrap(), 4);
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub struct Detokenizer {
     bytes: Vec<u8>,
     /// Text that may begin a stop string: shorter than the longest of them.
     text: String,
+    /// Bytes of text that were given out.
+    given: usize,
     stopped: bool,
 }
 
@@ -39,7 +41,7 @@ impl Detokenizer {
     /// Begins an answer that ends before any of the strings of `stop`; empty ones are passed over.
     pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
         let stop = stop.into_iter().filter(|stop| !stop.is_empty()).collect();
-        Self { tokenizer, stop, bytes: Vec::new(), text: String::new(), stopped: false }
+        Self { tokenizer, stop, bytes: Vec::new(), text: String::new(), given: 0, stopped: false }
     }
 
     /// Takes the next token. After a stop string nothing more comes out.
@@ -67,10 +69,26 @@ impl Detokenizer {
         let Step { mut text, stopped } = self.give_out();
         if !stopped {
             text.push_str(&self.text);
+            self.given += self.text.len();
         }
         self.text.clear();
         self.stopped = true;
         Ok(text)
+    }
+
+    /// Bytes of text that were given out so far.
+    pub fn given(&self) -> usize {
+        self.given
+    }
+
+    /// Bytes of text that the tokens made so far, in whole characters: given out or held back.
+    pub fn made(&self) -> usize {
+        self.given + self.text.len()
+    }
+
+    /// Whether the last token ended inside a character.
+    pub fn is_inside_character(&self) -> bool {
+        !self.bytes.is_empty()
     }
 
     /// Moves all whole characters from the bytes to the text.
@@ -111,10 +129,12 @@ impl Detokenizer {
             self.stopped = true;
             let mut text = std::mem::take(&mut self.text);
             text.truncate(at);
+            self.given += text.len();
             return Step { text, stopped: true };
         }
         let held = self.stop.iter().map(|stop| overlap(&self.text, stop)).max().unwrap_or_default();
-        let text = self.text.drain(..self.text.len() - held).collect();
+        let text: String = self.text.drain(..self.text.len() - held).collect();
+        self.given += text.len();
         Step { text, stopped: false }
     }
 }

@@ -1,6 +1,11 @@
 //! Byte-level BPE: the one file that names `tokenizers`.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    any::Any,
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use tokenizers::PostProcessor;
 
@@ -19,6 +24,8 @@ const PROBE: &str = " A\tb\r\n  \u{e9}\u{6f22}\u{1f600}\u{0}";
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     tokens: Vec<Token>,
+    /// What was made of it; see [`Tokenizer::beside`].
+    beside: OnceLock<Arc<dyn Any + Send + Sync>>,
 }
 
 /// What a token adds to the text.
@@ -65,7 +72,7 @@ impl Tokenizer {
         inner.with_padding(None);
         inner.set_encode_special_tokens(true);
         let tokens = tokens(path, &inner)?;
-        let tokenizer = Self { inner, tokens };
+        let tokenizer = Self { inner, tokens, beside: OnceLock::new() };
         let probed = tokenizer.encode(PROBE).map(|ids| tokenizer.decode_bytes(&ids));
         if !probed.is_ok_and(|bytes| bytes == PROBE.as_bytes()) {
             return Err(Error::package(
@@ -152,6 +159,13 @@ impl Tokenizer {
     /// None: byte-level tokens always decode.
     pub fn decode(&self, ids: &[TokenId]) -> Result<String> {
         Ok(String::from_utf8_lossy(&self.decode_bytes(ids)).into_owned())
+    }
+
+    /// What `make` makes of this tokenizer, made once: a floor above keeps here what takes long to make. There is room for
+    /// one type; another one is made anew each time.
+    pub(crate) fn beside<T: Any + Send + Sync>(&self, make: impl Fn() -> T) -> Arc<T> {
+        let kept = self.beside.get_or_init(|| Arc::new(make()));
+        Arc::clone(kept).downcast().unwrap_or_else(|_| Arc::new(make()))
     }
 
     fn decode_bytes(&self, ids: &[TokenId]) -> Vec<u8> {
