@@ -90,6 +90,17 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// More requests wait than may. Nothing was begun.
+    #[error("{waiting} requests wait already, and no more than {limit} may; ask again later")]
+    Busy {
+        /// Requests that wait.
+        waiting: usize,
+        /// How many may.
+        limit: usize,
+    },
+    /// The time that the request had is over.
+    #[error("the time for the answer is over; ask for less, or allow more time")]
+    Deadline,
     /// The work was given up because the caller asked for it.
     #[error("cancelled")]
     Cancelled,
@@ -107,6 +118,10 @@ pub enum ErrorKind {
     Package,
     /// The machine lacks what is needed to run. Exit code 3.
     Provider,
+    /// There is too much to do now; the same request may be answered later. Exit code 1.
+    Busy,
+    /// The request was not answered in the time that it had. Exit code 1.
+    Deadline,
     /// Something failed that should not have. Exit code 1.
     Runtime,
     /// The caller gave up. Exit code 130.
@@ -121,6 +136,8 @@ impl Error {
             Self::Package { .. } => ErrorKind::Package,
             Self::Library { .. } | Self::Provider { .. } | Self::Cache { .. } => ErrorKind::Provider,
             Self::Graph { .. } | Self::Unsound { .. } | Self::Stopped(_) => ErrorKind::Runtime,
+            Self::Busy { .. } => ErrorKind::Busy,
+            Self::Deadline => ErrorKind::Deadline,
             Self::Cancelled => ErrorKind::Cancelled,
         }
     }

@@ -31,6 +31,9 @@ pub mod engine;
 
 pub mod chat;
 
+#[cfg(feature = "server")]
+pub mod server;
+
 #[cfg(feature = "cli")]
 pub mod cli;
 

@@ -71,7 +71,7 @@ impl Chat {
         let pieces = template::render(template, self.system.as_deref(), &self.messages)?;
         let prompt = self.engine.prompt(&pieces)?;
         let images = self.images.iter().map(|image| Arc::clone(image.input())).collect();
-        let request = Request { prompt, images, params, cancel: cancel.clone() };
+        let request = Request { cancel: cancel.clone(), ..Request::new(prompt, images, params) };
         self.engine.generate(request)?.complete_with(on_event)
     }
 

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::error::Result;
 use crate::generate::lookup::Figures;
-use crate::generate::sequence::FinishReason;
+use crate::generate::sequence::{Delta, FinishReason, TokenLogprobs};
 use crate::model::Demotion;
 use crate::model::prefix::{CachedFrom, PrefixReport};
 use crate::text::TokenId;
@@ -17,8 +17,8 @@ pub type Sink = Box<dyn FnMut(Result<Event>) -> ControlFlow<()> + Send>;
 /// One thing that happened to a request.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// More of the answer; whole characters.
-    Text(String),
+    /// More of the answer.
+    Text(Delta),
     /// What computed the answer gave what is no number, and was taken out of service. The text so far is void: the
     /// prompt is read again by what serves instead, and the answer begins anew.
     Restarted(Box<Demotion>),
@@ -33,6 +33,11 @@ pub struct Completion {
     pub text: String,
     /// The tokens of the answer, without the one that ended it.
     pub token_ids: Vec<TokenId>,
+    /// How likely the tokens were, those that a stop string cut off left out; empty unless it was asked for.
+    pub logprobs: Vec<TokenLogprobs>,
+    /// The texts of which the answer had to be one, in the order given, each with its share of the probability of all; they
+    /// add up to 1.
+    pub choices: Option<Vec<(String, f64)>>,
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// What was read and written.

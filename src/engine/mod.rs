@@ -3,7 +3,11 @@
 mod ahead;
 pub mod bench;
 pub mod cancel;
+mod choices;
+mod entry;
 pub mod event;
+mod load;
+mod scheduler;
 pub mod stream;
 mod worker;
 
@@ -25,9 +29,14 @@ use crate::package::manifest::{Fit, Manifest, Template};
 use crate::runtime::{LibraryOptions, Runtime};
 use crate::text::{Piece, Prompt, Span, TokenId, Tokenizer};
 use cancel::CancelToken;
+use entry::Job;
 use event::Sink;
+use load::LoadReport;
 use stream::GenerationStream;
-use worker::{Job, Worker};
+use worker::Worker;
+
+pub use load::EngineLoad;
+pub use scheduler::Priority;
 
 /// How an engine is opened.
 #[derive(Clone, Debug, Default)]
@@ -38,6 +47,8 @@ pub struct EngineOptions {
     pub model: ModelOptions,
     /// What an image may take.
     pub limits: Limits,
+    /// Requests that may wait beyond those that are worked on; any number otherwise.
+    pub queue: Option<usize>,
 }
 
 /// What the engine and its callers need to know about a model.
@@ -98,9 +109,21 @@ pub struct Request {
     pub params: GenerateParams,
     /// Gives up on the request.
     pub cancel: CancelToken,
+    /// Who goes first where several wait.
+    pub priority: Priority,
+    /// When the answer is of no more use: the request then ends with [`Error::Deadline`].
+    pub deadline: Option<Instant>,
 }
 
-/// A loaded model that answers requests, one after another, on a thread of its own.
+impl Request {
+    /// A request of normal priority that nobody has given up on.
+    pub fn new(prompt: Prompt, images: Vec<Arc<ImageInput>>, params: GenerateParams) -> Self {
+        let (cancel, priority) = (CancelToken::new(), Priority::default());
+        Self { prompt, images, params, cancel, priority, deadline: None }
+    }
+}
+
+/// A loaded model that answers requests, several at once where it has room for them, on a thread of its own.
 ///
 /// Clones share the model. Dropping the last one waits until the requests that it took are answered and the model is
 /// gone: a session that ends while its process does crashes some providers.
@@ -111,7 +134,9 @@ pub struct Engine {
     preprocessor: Arc<Preprocessor>,
     limits: Limits,
     reports: Reports,
-    load: Duration,
+    queue: Option<usize>,
+    load: LoadReport,
+    load_time: Duration,
 }
 
 /// What serves each component, as the worker last said.
@@ -143,7 +168,7 @@ impl Engine {
         facts.read_of_images(package, model.visual_tokens());
         let preprocessor = Preprocessor::new(&package.manifest().image);
         let engine = Self::with_model(model, facts, preprocessor, options.limits)?;
-        Ok(Self { load: begin.elapsed(), ..engine })
+        Ok(Self { load_time: begin.elapsed(), queue: options.queue, ..engine })
     }
 
     /// An engine over any model; what [`Engine::open`] does after loading, and tests with a scripted one.
@@ -156,9 +181,11 @@ impl Engine {
         let facts = Arc::new(facts);
         let reports = Reports::default();
         reports.set(model.reports());
-        let worker = Arc::new(worker::start(model, Arc::clone(&facts), reports.clone())?);
+        let load = LoadReport::default();
+        let worker = Arc::new(worker::start(model, Arc::clone(&facts), reports.clone(), load.clone())?);
         let preprocessor = Arc::new(preprocessor);
-        Ok(Self { worker, facts, preprocessor, limits, reports, load: Duration::ZERO })
+        let (queue, load_time) = (None, Duration::ZERO);
+        Ok(Self { worker, facts, preprocessor, limits, reports, queue, load, load_time })
     }
 
     /// Decodes, resizes and normalises an image on this thread. `name` is what errors call it; `fit` replaces the
@@ -194,9 +221,13 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Request`] for contradictory parameters or a wrong number of images, [`Error::TooLong`] for a prompt that
-    /// leaves no room for an answer, [`Error::Stopped`] when the engine's thread has ended.
+    /// leaves no room for an answer, [`Error::Busy`] when too many wait already, [`Error::Stopped`] when the engine's thread has ended.
     pub fn submit(&self, request: Request, sink: Sink) -> Result<()> {
         let limit = self.limit(&request)?;
+        self.load.enter(self.queue).map_err(|waiting| {
+            let limit = self.queue.unwrap_or(usize::MAX);
+            Error::Busy { waiting, limit }
+        })?;
         let job = Job { request, limit, sink, submitted: Instant::now() };
         self.worker.send(job)
     }
@@ -206,14 +237,17 @@ impl Engine {
     /// # Errors
     /// As [`Engine::submit`].
     pub fn generate(&self, request: Request) -> Result<GenerationStream> {
-        let (sink, stream) = GenerationStream::new(request.cancel.clone());
-        self.submit(request, sink)?;
+        let (sink, mut stream) = GenerationStream::new(request.cancel.clone());
+        if let Err(error) = self.submit(request, sink) {
+            stream.refused();
+            return Err(error);
+        }
         Ok(stream)
     }
 
     /// How many tokens the answer to `request` may have.
     fn limit(&self, request: &Request) -> Result<usize> {
-        request.params.validate()?;
+        request.params.validate_for(self.facts.tokenizer.vocabulary())?;
         images_match(&request.prompt, request.images.len())?;
         let capacity = self.facts.context;
         let positions = request.prompt.positions(self.facts.tokens_per_image);
@@ -246,7 +280,12 @@ impl Engine {
 
     /// How long [`Engine::open`] took.
     pub fn load_time(&self) -> Duration {
-        self.load
+        self.load_time
+    }
+
+    /// What it has to do now, and what it has done.
+    pub fn load(&self) -> EngineLoad {
+        self.load.get()
     }
 }
 

@@ -25,6 +25,11 @@ impl GenerationStream {
         (Box::new(sink), Self { events, cancel, ended: false })
     }
 
+    /// The request was not taken: there is nothing to stop, and the token is left for the next one.
+    pub(super) fn refused(&mut self) {
+        self.ended = true;
+    }
+
     /// Waits for the end, dropping the pieces of text.
     ///
     /// # Errors

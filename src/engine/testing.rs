@@ -10,7 +10,7 @@ use crate::model::cancel::Canceler;
 use crate::model::decoder::Logits;
 use crate::model::prefix::{CachedFrom, PrefixReport};
 use crate::model::vision::ImageInput;
-use crate::model::{CausalModel, ComponentReport, Demotion, Prefill};
+use crate::model::{CausalModel, ComponentReport, Demotion, Prefill, Room, Shared};
 use crate::package::Component;
 use crate::runtime::{Refusal, Step, Target};
 use crate::text::{Prompt, TokenId};
@@ -62,6 +62,7 @@ pub(super) struct ScriptedModel {
     caches: usize,
     /// Tokens that it reads in one run; `None` refuses to read several.
     pub(super) at_once: Option<usize>,
+    pub(super) room: Room,
 }
 
 /// What a scripted model remembers: the number of its cache and the tokens in it.
@@ -83,6 +84,7 @@ impl ScriptedModel {
             canceler: Canceler::default(),
             caches: 0,
             at_once: None,
+            room: Room { sequences: 1, positions: usize::MAX, limited_by: None },
         };
         (model, log)
     }
@@ -98,32 +100,63 @@ impl ScriptedModel {
 
 impl CausalModel for ScriptedModel {
     type Cache = ScriptedCache;
+    type Reading = (Vec<TokenId>, usize);
 
     fn empty_cache(&mut self) -> Result<ScriptedCache> {
         self.caches += 1;
         Ok(ScriptedCache { number: self.caches - 1, tokens: Vec::new() })
     }
 
-    fn prefill(
+    fn room(&self) -> Room {
+        self.room.clone()
+    }
+
+    fn shared(&self, prompt: &Prompt, _: &[Arc<ImageInput>], cache: &ScriptedCache) -> Result<Shared> {
+        Ok(Shared {
+            common: common(cache, &prompt.token_ids().collect::<Vec<_>>()),
+            held: cache.tokens.len(),
+        })
+    }
+
+    fn begin(
         &mut self,
         prompt: &Prompt,
         images: &[Arc<ImageInput>],
+        _: &mut ScriptedCache,
+        _: &[&ScriptedCache],
+    ) -> Result<Self::Reading> {
+        Ok((prompt.token_ids().collect(), images.len()))
+    }
+
+    fn read_on(
+        &mut self,
+        (tokens, images): &mut Self::Reading,
+        most: usize,
         cache: &mut ScriptedCache,
-    ) -> Result<Prefill> {
-        let tokens: Vec<TokenId> = prompt.token_ids().collect();
-        let cached = cache.tokens.iter().zip(&tokens).take_while(|(held, wanted)| held == wanted).count();
-        let call = Call::Prefill { tokens: tokens.clone(), images: images.len(), cache: cache.number };
+    ) -> Result<Option<Prefill>> {
+        let cached = common(cache, tokens);
+        if tokens.len() - cached > most {
+            cache.tokens.truncate(cached);
+            cache.tokens.extend_from_slice(&tokens[cached..cached + most]);
+            return Ok(None);
+        }
+        let call = Call::Prefill { tokens: tokens.clone(), images: *images, cache: cache.number };
         let logits = self.answer(&call)?;
-        cache.tokens = tokens;
+        cache.tokens.clone_from(tokens);
         let from = CachedFrom { working: cached, ..CachedFrom::default() };
         let none = Duration::ZERO;
-        Ok(Prefill { logits, cached, from, images_encoded: 0, restore: none, vision: none, decoder: none })
+        let (restore, vision, decoder) = (none, none, none);
+        Ok(Some(Prefill { logits, cached, from, images_encoded: 0, restore, vision, decoder }))
     }
 
     fn decode(&mut self, token: TokenId, cache: &mut ScriptedCache) -> Result<Logits> {
         let logits = self.answer(&Call::Decode { token, cache: cache.number })?;
         cache.tokens.push(token);
         Ok(logits)
+    }
+
+    fn decode_each(&mut self, tokens: &[TokenId], caches: &mut [&mut ScriptedCache]) -> Vec<Result<Logits>> {
+        tokens.iter().zip(caches).map(|(token, cache)| self.decode(*token, cache)).collect()
     }
 
     fn most_at_once(&self) -> Result<usize> {
@@ -170,6 +203,10 @@ impl CausalModel for ScriptedModel {
         let variant = "second".to_owned();
         Ok(Demotion { component: Component::Decoder, refusal, variant, provider: Target::default() })
     }
+}
+
+fn common(cache: &ScriptedCache, tokens: &[TokenId]) -> usize {
+    cache.tokens.iter().zip(tokens).take_while(|(held, wanted)| held == wanted).count()
 }
 
 /// What a graph does when it is cancelled: nothing until then, and the error.

@@ -2,19 +2,26 @@
 
 use std::{
     ops::ControlFlow,
-    sync::{Arc, Mutex, mpsc},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::cancel::CancelToken;
 use super::event::{Completion, Event};
+use super::stream::GenerationStream;
 use super::testing::{BROKEN, Call, Log, ScriptedModel, until_cancelled};
 use super::{Engine, ModelFacts, Request};
 use crate::error::{Error, Result};
+use crate::generate::constraint::{Constraint, ConstraintSpec};
 use crate::generate::params::{GenerateParams, Sampling};
 use crate::generate::sequence::FinishReason;
 use crate::image::{Limits, Preprocessor, Rgb};
+use crate::model::Room;
 use crate::model::cancel::Canceler;
 use crate::model::vision::ImageInput;
 use crate::package::ModelPackage;
@@ -64,7 +71,7 @@ fn tokens(length: usize) -> Prompt {
 }
 
 fn request(prompt: Prompt) -> Request {
-    Request { prompt, images: Vec::new(), params: GenerateParams::default(), cancel: CancelToken::new() }
+    Request::new(prompt, Vec::new(), GenerateParams::default())
 }
 
 fn ask(engine: &Engine) -> Result<Completion> {
@@ -150,9 +157,9 @@ fn an_answer_ends_where_the_model_the_stop_string_or_the_limit_says() {
         let mut finished = None;
         for event in stream {
             match event.unwrap() {
-                Event::Text(text) => {
-                    assert!(finished.is_none() && !text.is_empty());
-                    joined.push_str(&text);
+                Event::Text(delta) => {
+                    assert!(finished.is_none() && !delta.text.is_empty());
+                    joined.push_str(&delta.text);
                 }
                 Event::Finished(completion) => finished = Some(completion),
                 Event::Restarted(demotion) => panic!("{demotion:?}"),
@@ -220,7 +227,7 @@ fn dropping_the_stream_stops_the_request() {
         }
     });
     let mut stream = engine.generate(request(tokens(3))).unwrap();
-    assert!(matches!(stream.next(), Some(Ok(Event::Text(text))) if text == "a"));
+    assert!(matches!(stream.next(), Some(Ok(Event::Text(delta))) if delta.text == "a"));
     drop(stream);
     assert_eq!(ask(&engine).unwrap().finish_reason, FinishReason::Stop);
 }
@@ -284,20 +291,13 @@ fn a_cancellation_while_the_answer_is_made_keeps_what_was_said() {
 }
 
 #[test]
-fn a_request_that_was_cancelled_while_it_waited_is_not_answered() {
-    let mut first = true;
-    let eos = facts().eos[0];
-    let (engine, _log) = engine(move |_, canceler| {
-        if std::mem::take(&mut first) {
-            return until_cancelled(canceler);
-        }
-        assert!(!canceler.is_cancelled());
-        Ok(eos)
-    });
+fn a_request_that_was_cancelled_while_it_waited_is_not_begun() {
+    let (engine, log) = engine(saying(""));
     let cancel = CancelToken::new();
     cancel.cancel();
     let completion = engine.generate(Request { cancel, ..request(tokens(3)) }).unwrap().complete().unwrap();
     assert_eq!(completion.finish_reason, FinishReason::Cancelled);
+    assert_eq!(log.calls(), []);
     assert_eq!(ask(&engine).unwrap().finish_reason, FinishReason::Stop);
 }
 
@@ -575,4 +575,211 @@ fn a_lookup_is_refused_where_logits_come_one_position_at_a_time() {
     assert_eq!((error.to_string().as_str(), log.calls().len()), ("one at a time", 0));
     let plain = Request { params: at_most(5), ..request(tokens(3)) };
     assert_eq!(engine.generate(plain).unwrap().complete().unwrap().token_ids.len(), 5);
+}
+
+/// As [`engine`], with room for several at once, and so many that may wait.
+fn several(
+    sequences: usize,
+    queue: Option<usize>,
+    script: impl FnMut(&Call, &Canceler) -> Result<TokenId> + Send + 'static,
+) -> (Engine, Log) {
+    let facts = facts();
+    let (mut model, log) = ScriptedModel::new(facts.tokenizer.vocabulary(), script);
+    model.room = Room { sequences, positions: CONTEXT * sequences, limited_by: None };
+    let preprocessor = Preprocessor::new(&ModelPackage::embedded().unwrap().manifest().image);
+    let engine = Engine::with_model(model, facts, preprocessor, Limits::default()).unwrap();
+    (Engine { queue, ..engine }, log)
+}
+
+/// Says the letter `a` until a gate is opened, and then ends every answer.
+fn gated() -> (impl FnMut(&Call, &Canceler) -> Result<TokenId> + Send + 'static, Arc<AtomicBool>) {
+    let (a, eos) = (letter("a"), facts().eos[0]);
+    let open = Arc::new(AtomicBool::new(false));
+    let gate = Arc::clone(&open);
+    let script = move |_: &Call, _: &Canceler| {
+        let open = gate.load(Ordering::SeqCst);
+        if !open {
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(if open { eos } else { a })
+    };
+    (script, open)
+}
+
+/// Waits for the first text of an answer.
+fn begun(stream: &mut GenerationStream) {
+    assert!(matches!(stream.next(), Some(Ok(Event::Text(_)))));
+}
+
+#[test]
+fn requests_join_and_leave_between_steps_and_each_has_its_own_cache() {
+    let (script, open) = gated();
+    let (engine, log) = several(3, None, script);
+    let ask = |length| engine.generate(request(tokens(length))).unwrap();
+    let mut streams = [ask(3), ask(4)];
+    streams.iter_mut().for_each(begun);
+    let mut third = ask(5);
+    begun(&mut third);
+    assert_eq!(engine.load().active, 3);
+    // One leaves and the others go on.
+    drop(third);
+    streams.iter_mut().for_each(begun);
+    open.store(true, Ordering::SeqCst);
+    for stream in streams {
+        assert_eq!(stream.complete().unwrap().finish_reason, FinishReason::Stop);
+    }
+    let prefills: Vec<usize> = log.calls().iter().filter(|call| call.is_prefill()).map(Call::cache).collect();
+    assert_eq!(prefills, [0, 1, 2]);
+    let load = engine.load();
+    assert_eq!((load.completed, load.active, load.waiting), (3, 0, 0));
+    assert!(load.step_tokens > load.steps, "steps read several tokens: {load:?}");
+}
+
+#[test]
+fn no_more_wait_than_may_and_what_is_refused_can_be_asked_again() {
+    let (script, open) = gated();
+    let (engine, _log) = several(1, Some(1), script);
+    let mut first = engine.generate(request(tokens(3))).unwrap();
+    begun(&mut first);
+    let second = engine.generate(request(tokens(3))).unwrap();
+    let refused = engine.generate(request(tokens(3))).unwrap_err();
+    assert!(matches!(refused, Error::Busy { waiting: 1, limit: 1 }), "{refused:?}");
+    open.store(true, Ordering::SeqCst);
+    assert_eq!(first.complete().unwrap().finish_reason, FinishReason::Stop);
+    assert_eq!(second.complete().unwrap().finish_reason, FinishReason::Stop);
+    assert_eq!(ask(&engine).unwrap().finish_reason, FinishReason::Stop);
+    assert_eq!(engine.load().refused, 1);
+}
+
+#[test]
+fn time_that_is_over_ends_a_request_whether_or_not_it_was_begun() {
+    let (script, _open) = gated();
+    let (engine, _log) = several(1, None, script);
+    let mut first = engine.generate(request(tokens(3))).unwrap();
+    begun(&mut first);
+    let late = || Request { deadline: Some(Instant::now()), ..request(tokens(3)) };
+    let waited = engine.generate(late()).unwrap().complete().unwrap_err();
+    assert!(matches!(waited, Error::Deadline), "{waited:?}");
+    drop(first);
+    let soon = Instant::now() + Duration::from_millis(20);
+    let mut stream = engine.generate(Request { deadline: Some(soon), ..request(tokens(3)) }).unwrap();
+    begun(&mut stream);
+    let late = stream.complete().unwrap_err();
+    assert!(matches!(late, Error::Deadline), "{late:?}");
+}
+
+#[test]
+fn what_is_taken_out_of_service_begins_all_answers_anew_and_keeps_none() {
+    let (a, eos) = (letter("a"), facts().eos[0]);
+    let mut calls = 0;
+    let mut broken = false;
+    let (engine, _log) = several(2, None, move |call, _| match call {
+        Call::Demote { .. } => {
+            broken = true;
+            Ok(0)
+        }
+        _ if broken => Ok(eos),
+        _ => {
+            // Once both have begun.
+            calls += usize::from(call.cache() == 1);
+            thread::sleep(Duration::from_millis(1));
+            let reason = "it gave no number".to_owned();
+            if calls > 4 { Err(Error::Unsound { graph: "decoder".to_owned(), reason }) } else { Ok(a) }
+        }
+    });
+    let streams = [3, 4].map(|length| engine.generate(request(tokens(length))).unwrap());
+    for stream in streams {
+        let completion = stream.complete().unwrap();
+        assert_eq!((&completion.text[..], completion.demotions.len()), ("", 1));
+    }
+}
+
+#[test]
+fn one_that_fails_takes_nobody_with_it() {
+    let (a, eos) = (letter("a"), facts().eos[0]);
+    let mut said = [0; 2];
+    let (engine, _log) = several(2, None, move |call, _| {
+        let cache = call.cache();
+        said[cache.min(1)] += 1;
+        match (cache, said[cache.min(1)]) {
+            (0, 5) => Err(Error::graph("decoder", "broke")),
+            (_, 9) => Ok(eos),
+            _ => Ok(a),
+        }
+    });
+    let [first, second] = [3, 4].map(|length| engine.generate(request(tokens(length))).unwrap());
+    assert_eq!(first.complete().unwrap_err().to_string(), "graph decoder: broke");
+    assert_eq!(second.complete().unwrap().text, "a".repeat(8));
+}
+
+fn choosing(texts: &[&str], params: GenerateParams) -> GenerateParams {
+    let spec = ConstraintSpec::Choice(texts.iter().map(|&text| text.to_owned()).collect());
+    let constraint = Some(Constraint::new(&facts().tokenizer, &spec).unwrap());
+    GenerateParams { constraint, ..params }
+}
+
+#[test]
+fn a_choice_reads_what_its_texts_share_once_and_leaves_the_cache_as_it_was() {
+    let vocabulary = f64::from(u32::try_from(facts().tokenizer.vocabulary()).unwrap());
+    // What the scripted model is certain of has a logit of 1 among zeros.
+    let (hit, miss) = (1.0_f64.exp(), 1.0);
+    let whole = hit + vocabulary - 1.0;
+    for at_once in [None, Some(2), Some(8)] {
+        let [a, b] = ["a", "b"].map(letter);
+        let (mut model, log) =
+            ScriptedModel::new(facts().tokenizer.vocabulary(), move |call, _| match call {
+                Call::Decode { token, .. } if *token == a => Ok(b),
+                _ => Ok(a),
+            });
+        model.at_once = at_once;
+        let preprocessor = Preprocessor::new(&ModelPackage::embedded().unwrap().manifest().image);
+        let engine = Engine::with_model(model, facts(), preprocessor, Limits::default()).unwrap();
+        let choose = |texts: &[&str], params| {
+            // Behind white space the texts begin as they are.
+            let prompt = engine.prompt(&[Piece::text("x ")]).unwrap();
+            let asked = Request { prompt, params: choosing(texts, params), ..request(tokens(1)) };
+            let before = log.calls().len();
+            let found = engine.generate(asked).unwrap().complete().unwrap();
+            (found, log.calls().len() - before)
+        };
+        let shares = |products: &[f64]| -> Vec<f64> {
+            products.iter().map(|product| product / products.iter().sum::<f64>()).collect()
+        };
+        let check = |texts: &[&str], wanted: &[f64], answer: &str, calls: usize| {
+            let (found, read) = choose(texts, GenerateParams::default());
+            assert_eq!((&found.text[..], found.finish_reason), (answer, FinishReason::Stop), "{texts:?}");
+            assert_eq!(found.token_ids, facts().tokenizer.encode(answer).unwrap());
+            for ((text, share), wanted) in found.choices.unwrap().iter().zip(shares(wanted)) {
+                assert!((share - wanted).abs() < 1e-9, "{texts:?} {text}: {share} and {wanted}");
+            }
+            assert_eq!(read, calls, "{at_once:?} {texts:?}");
+            // The prompt is all that the next request finds.
+            let (again, _) = choose(texts, GenerateParams::default());
+            assert_eq!(again.usage.cached_tokens, again.usage.prompt_tokens);
+        };
+        // One token each: nothing is read behind the prompt.
+        check(&["q", "a"], &[miss, hit], "a", 1);
+        // `ab` goes on from `a`, which therefore counts with its end; only `a` is read.
+        check(&["a", "ab"], &[hit * miss / whole, hit * hit / whole], "ab", 2);
+        // Of `qa` the `q` is read, and of `a` nothing.
+        check(&["qa", "a"], &[miss * hit / whole, hit], "a", 2);
+        check(&["qab", "z"], &[miss * hit * hit / whole / whole, miss], "z", 3);
+    }
+}
+
+#[test]
+fn a_choice_tells_its_tokens_and_ends_where_a_limit_or_a_stop_string_does() {
+    let (engine, _log) = engine(saying("a"));
+    let ask = |params| {
+        let asked = Request { params: choosing(&["red square", "zy"], params), ..request(tokens(3)) };
+        engine.generate(asked).unwrap().complete().unwrap()
+    };
+    let whole = ask(GenerateParams { logprobs: Some(0), ..GenerateParams::default() });
+    let told: Vec<TokenId> = whole.logprobs.iter().map(|told| told.id).collect();
+    assert_eq!(told, whole.token_ids);
+    let cut = ask(GenerateParams { max_new_tokens: Some(1), ..GenerateParams::default() });
+    assert_eq!((cut.finish_reason, &cut.token_ids[..]), (FinishReason::Length, &whole.token_ids[..1]));
+    let stop = vec![whole.text[1..].to_owned()];
+    let stopped = ask(GenerateParams { stop, ..GenerateParams::default() });
+    assert_eq!((stopped.finish_reason, &stopped.text[..]), (FinishReason::Stop, &whole.text[..1]));
 }

@@ -1,191 +1,344 @@
-//! The thread that owns the model and answers one request after another.
+//! The thread that owns the model, and works on all requests in turns.
 
-use std::{
-    ops::ControlFlow,
-    sync::{Arc, mpsc},
-    thread::{self, JoinHandle},
-    time::{Duration, Instant},
-};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
 
-use super::ahead::Ahead;
-use super::event::{Completion, Event, Sink, Timings, Usage};
-use super::{ModelFacts, Reports, Request};
+use super::entry::{After, Entry, Job, State};
+use super::load::LoadReport;
+use super::scheduler::{Id, Scheduler, Turn};
+use super::{ModelFacts, Reports};
 use crate::error::{Error, Result};
-use crate::generate::lookup::Lookup;
-use crate::generate::sequence::{Advance, FinishReason, Next, Sequence};
-use crate::generate::watchdog::Watchdog;
-use crate::model::CausalModel;
-use crate::model::prefix::PrefixReport;
+use crate::generate::sequence::FinishReason;
+use crate::model::{CausalModel, Prefill, Room, Shared};
 use crate::package::Component;
 
-/// A request that passed its checks, and where its events go.
-pub(super) struct Job {
-    pub(super) request: Request,
-    pub(super) limit: usize,
-    pub(super) sink: Sink,
-    pub(super) submitted: Instant,
+/// Positions of a prompt that are read while others wait for their next token.
+const PIECE: usize = 128;
+/// The same while nobody does; one who comes then waits so long.
+const LONG_PIECE: usize = 512;
+/// A cache is used for another prompt although so many of its positions are lost.
+const LOST: usize = 16;
+
+/// The model, and the requests that are worked on with it.
+struct Workshop<'a, M: CausalModel> {
+    model: M,
+    facts: &'a ModelFacts,
+    reports: &'a Reports,
+    load: &'a LoadReport,
+    room: Room,
+    scheduler: Scheduler,
+    entries: BTreeMap<Id, Entry<M>>,
+    /// What requests that are over have read, the longest unused first: a follow-up reads only what is new.
+    idle: VecDeque<M::Cache>,
+    next: Id,
 }
 
-/// Answers jobs until every sender is gone.
+/// Works on jobs until every sender is gone and all are answered.
 pub(super) fn work<M: CausalModel>(
-    mut model: M,
+    model: M,
     facts: &ModelFacts,
     reports: &Reports,
+    load: &LoadReport,
     jobs: &mpsc::Receiver<Job>,
 ) {
-    // What the last request read, so that a follow-up reads only what is new. The model keeps what others read.
-    let mut idle: Option<M::Cache> = None;
-    for mut job in jobs {
-        let queue = job.submitted.elapsed();
-        let cancel = job.request.cancel.clone();
+    let room = model.room();
+    let scheduler = Scheduler::new(room.sequences, room.positions);
+    let mut workshop = Workshop {
+        model,
+        facts,
+        reports,
+        load,
+        room,
+        scheduler,
+        entries: BTreeMap::new(),
+        idle: VecDeque::new(),
+        next: 0,
+    };
+    loop {
+        while let Ok(job) = jobs.try_recv() {
+            workshop.enter(job);
+        }
+        workshop.give_up();
+        let turn = workshop.scheduler.next();
+        workshop.tell_load();
+        match turn {
+            Turn::Wait => match jobs.recv() {
+                Ok(job) => workshop.enter(job),
+                Err(_) => return,
+            },
+            Turn::Admit(id) => workshop.admit(id),
+            Turn::Read(id) => workshop.read(id),
+            Turn::Decode(ids) => workshop.decode(&ids),
+        }
+    }
+}
+
+impl<M: CausalModel> Workshop<'_, M> {
+    fn enter(&mut self, job: Job) {
+        let (id, priority) = (self.next, job.request.priority);
+        self.next += 1;
+        let entry = Entry::new(job, self.facts);
+        self.scheduler.submit(id, priority, entry.positions());
+        self.entries.insert(id, entry);
+    }
+
+    fn tell_load(&self) {
+        let Self { scheduler, room, .. } = self;
+        self.load.update(|load| {
+            load.active = scheduler.active();
+            (load.positions, load.positions_limit) = (scheduler.held(), room.positions);
+            load.parallel = room.sequences;
+            load.limited_by.clone_from(&room.limited_by);
+        });
+    }
+
+    /// Ends the requests that nobody waits for any more, and those whose time is over.
+    fn give_up(&mut self) {
+        let given_up = self.entries.iter().filter_map(|(id, entry)| Some((*id, entry.given_up()?)));
+        let given_up: Vec<_> = given_up.collect();
+        for (id, end) in given_up {
+            self.end(id, end);
+        }
+    }
+
+    fn admit(&mut self, id: Id) {
+        self.load.update(|load| load.waiting = load.waiting.saturating_sub(1));
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.begin();
+        }
+    }
+
+    /// The next piece of work on a prompt.
+    fn read(&mut self, id: Id) {
+        let Some(mut entry) = self.entries.remove(&id) else { return self.scheduler.end(id) };
+        let ready = match entry.state {
+            State::Fresh => entry.prepare(&self.model, self.facts),
+            _ => Ok(()),
+        };
+        let cache = ready.and_then(|()| entry.cache.take().map_or_else(|| self.cache_for(&entry), Ok));
+        let done = match cache {
+            Ok(mut cache) => {
+                let done = self.read_piece(&mut entry, &mut cache);
+                entry.cache = Some(cache);
+                done
+            }
+            Err(error) => Err(error),
+        };
+        let after = done.and_then(|prefill| match prefill {
+            None => Ok(After::On),
+            Some(prefill) => {
+                self.scheduler.read(id);
+                self.load.update(|load| {
+                    load.prompt_positions += entry.prompt_positions() as u64;
+                    load.cached_positions += prefill.cached as u64;
+                    load.encoded += prefill.images_encoded as u64;
+                });
+                entry.begin_answer(&mut self.model, self.facts, prefill)
+            }
+        });
+        self.entries.insert(id, entry);
+        self.after(id, after);
+    }
+
+    fn read_piece(&mut self, entry: &mut Entry<M>, cache: &mut M::Cache) -> Result<Option<Prefill>> {
+        let others: Vec<&M::Cache> =
+            self.entries.values().filter_map(|other| other.cache.as_ref()).chain(&self.idle).collect();
+        let decoding = self.entries.values().any(|other| matches!(other.state, State::Answering));
+        let most = match self.room.sequences {
+            1 => usize::MAX,
+            _ if decoding => PIECE,
+            _ => LONG_PIECE,
+        };
+        let Entry { job, state, .. } = entry;
+        let request = &job.request;
+        let model = &mut self.model;
         let canceler = model.canceler();
         canceler.reset();
-        let result = cancel.during(
+        self.load.update(|load| load.pieces += 1);
+        request.cancel.during(
             move || canceler.cancel(),
             || {
-                let cache = idle.take().map_or_else(|| model.empty_cache(), Ok)?;
-                let (result, cache) = answer(&mut model, facts, reports, &mut job, cache, queue);
-                idle = cache;
-                result
+                let mut reading = match std::mem::replace(state, State::Fresh) {
+                    State::Reading(reading) => reading,
+                    _ => model.begin(&request.prompt, &request.images, cache, &others)?,
+                };
+                let prefill = model.read_on(&mut reading, most, cache)?;
+                *state = State::Reading(reading);
+                Ok(prefill)
             },
-        );
-        let event = result.map(|completion| Event::Finished(Box::new(completion)));
-        // Nobody is left to tell when the sink breaks here: the job is over either way.
-        let _ = (job.sink)(event);
+        )
     }
-}
 
-/// Answers one job, from the beginning again whenever what computes it has to be replaced. The cache comes back unless
-/// its content is in doubt.
-fn answer<M: CausalModel>(
-    model: &mut M,
-    facts: &ModelFacts,
-    reports: &Reports,
-    job: &mut Job,
-    mut cache: M::Cache,
-    queue: Duration,
-) -> (Result<Completion>, Option<M::Cache>) {
-    let begin = Instant::now();
-    let mut demotions = Vec::new();
-    let mut timings = Timings { queue, ..Timings::default() };
-    loop {
-        let (graph, reason) = match attempt(model, facts, job, cache, timings) {
-            (Err(Error::Unsound { graph, reason }), _) => (graph, reason),
-            (result, cache) => {
-                let prefixes = model.prefixes();
-                return (result.map(|completion| Completion { demotions, prefixes, ..completion }), cache);
-            }
-        };
-        tracing::warn!(graph, "taken out of service: {reason}");
-        let replaced =
-            model.demote(&graph, &reason).and_then(|demotion| Ok((demotion, model.empty_cache()?)));
-        reports.set(model.reports());
-        match replaced {
-            Ok((demotion, fresh)) => {
-                demotions.push(demotion.clone());
-                let _ = (job.sink)(Ok(Event::Restarted(Box::new(demotion))));
-                cache = fresh;
-            }
-            Err(error) => return (Err(error), None),
+    /// The cache in which most of the prompt is already, if little else is lost by that; a new one while there is room.
+    fn cache_for(&mut self, entry: &Entry<M>) -> Result<M::Cache> {
+        let Self { model, idle, entries, room, scheduler, .. } = self;
+        let request = &entry.job.request;
+        let shared = |cache: &M::Cache| model.shared(&request.prompt, &request.images, cache);
+        let mut held = idle.iter().map(shared).collect::<Result<Vec<Shared>>>()?;
+        let best = (0..held.len()).max_by_key(|at| held[*at].common);
+        if let Some(at) = best.filter(|at| room.sequences == 1 || fits(held[*at]))
+            && let Some(cache) = idle.remove(at)
+        {
+            return Ok(cache);
         }
-        timings.lost = begin.elapsed();
+        while scheduler.held() + held.iter().map(|held| held.held).sum::<usize>() > room.positions
+            && !held.is_empty()
+        {
+            held.remove(0);
+            idle.pop_front();
+        }
+        let live = entries.values().filter(|other| other.cache.is_some()).count() + idle.len();
+        if live >= room.sequences
+            && let Some(oldest) = idle.pop_front()
+        {
+            return Ok(oldest);
+        }
+        model.empty_cache()
     }
-}
 
-/// Reads the prompt and answers it.
-fn attempt<M: CausalModel>(
-    model: &mut M,
-    facts: &ModelFacts,
-    job: &mut Job,
-    mut cache: M::Cache,
-    mut timings: Timings,
-) -> (Result<Completion>, Option<M::Cache>) {
-    let Request { prompt, images, params, .. } = &job.request;
-    let mut usage = Usage {
-        prompt_tokens: prompt.positions(facts.tokens_per_image),
-        image_tokens: prompt.images() * facts.tokens_per_image,
-        ..Usage::default()
-    };
-    let ids = prompt.token_ids().collect();
-    let mut sequence = match Sequence::new(&facts.tokenizer, params, ids, facts.eos.clone(), job.limit) {
-        Ok(sequence) => sequence,
-        Err(error) => return (Err(error), Some(cache)),
-    };
-
-    let mut ahead = match Ahead::new(model, params.lookup.map(Lookup::new)) {
-        Ok(ahead) => ahead,
-        Err(error) => return (Err(error), Some(cache)),
-    };
-
-    let mut logits = match model.prefill(prompt, images, &mut cache) {
-        Ok(prefill) => {
-            (usage.cached_tokens, usage.cached_from) = (prefill.cached, prefill.from);
-            timings.restore = prefill.restore;
-            (timings.vision, timings.prefill) = (prefill.vision, prefill.decoder);
-            tracing::debug!(positions = usage.prompt_tokens, cached = prefill.cached, "prompt read");
-            prefill.logits
+    /// Lets each of `ids` say one more token.
+    fn decode(&mut self, ids: &[Id]) {
+        let mut together = Vec::new();
+        for id in ids {
+            match self.entries.get(id) {
+                Some(entry) if entry.is_plain() && ids.len() > 1 => together.push(*id),
+                Some(_) => self.decode_alone(*id),
+                None => self.scheduler.end(*id),
+            }
         }
-        Err(Error::Cancelled) => {
-            return (Ok(complete(&sequence, FinishReason::Cancelled, usage, timings)), Some(cache));
+        if together.is_empty() {
+            return;
         }
-        Err(error) => return (Err(error), None),
-    };
-    let begin = Instant::now();
-    let mut watchdog = Watchdog::default();
-    let reason = loop {
-        let Advance { text, next } = match sequence.advance(logits.values_mut()) {
-            Ok(advance) => advance,
-            Err(error) => return (Err(error), None),
-        };
-        let broken = !text.is_empty() && (job.sink)(Ok(Event::Text(text))) == ControlFlow::Break(());
-        let token = match next {
-            Next::Finish(reason) => break reason,
-            Next::Read(_) if broken || job.request.cancel.is_cancelled() => break FinishReason::Cancelled,
-            Next::Read(token) => token,
-        };
-        if watchdog.barks(sequence.tokens()) {
-            match model.recheck() {
+        self.model.canceler().reset();
+        let (mut tokens, mut caches, mut read) = (Vec::new(), Vec::new(), Vec::new());
+        for id in together {
+            let Some(Entry { answer: Some(answer), cache, .. }) = self.entries.get_mut(&id) else { continue };
+            let Some(cache) = cache.take() else { continue };
+            tokens.push(answer.token);
+            caches.push(cache);
+            read.push(id);
+        }
+        self.count_step(tokens.len());
+        let results = self.model.decode_each(&tokens, &mut caches.iter_mut().collect::<Vec<_>>());
+        for ((id, cache), result) in read.iter().zip(caches).zip(results) {
+            let Some(entry) = self.entries.get_mut(id) else { continue };
+            entry.cache = Some(cache);
+            let after = result.and_then(|mut logits| entry.say(logits.values_mut()));
+            self.after(*id, after);
+        }
+    }
+
+    fn decode_alone(&mut self, id: Id) {
+        self.count_step(1);
+        let model = &mut self.model;
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        let (Some(answer), Some(cache)) = (&mut entry.answer, &mut entry.cache) else { return };
+        let canceler = model.canceler();
+        canceler.reset();
+        let logits = entry.job.request.cancel.during(move || canceler.cancel(), || answer.read(model, cache));
+        let after = logits.and_then(|mut logits| entry.say(logits.values_mut()));
+        self.after(id, after);
+    }
+
+    fn count_step(&self, tokens: usize) {
+        self.load.update(|load| {
+            load.steps += 1;
+            load.step_tokens += tokens as u64;
+        });
+    }
+
+    /// Does what follows from a piece of work on a request.
+    fn after(&mut self, id: Id, after: Result<After>) {
+        match after {
+            Ok(After::On) => {}
+            Ok(After::Over(reason)) => self.end(id, Ok(reason)),
+            Ok(After::Suspicious) => match self.recheck(id) {
                 Ok(true) => {}
-                Ok(false) => return (Err(looped()), None),
-                Err(Error::Cancelled) => break FinishReason::Cancelled,
-                Err(error) => return (Err(error), None),
+                Ok(false) => self.replace(id, Component::Decoder.name(), LOOPED),
+                Err(error) => self.after(id, Err(error)),
+            },
+            Err(Error::Cancelled) => self.end(id, Ok(FinishReason::Cancelled)),
+            Err(Error::Unsound { graph, reason }) => self.replace(id, &graph, &reason),
+            Err(error) => {
+                // What its cache holds is in doubt.
+                if let Some(entry) = self.entries.get_mut(&id) {
+                    entry.cache = None;
+                }
+                self.end(id, Err(error));
             }
-        }
-        let left = job.limit.saturating_sub(sequence.tokens().len());
-        logits = match ahead.read(model, token, &mut cache, (sequence.history(), left)) {
-            Ok(logits) => logits,
-            Err(Error::Cancelled) => break FinishReason::Cancelled,
-            Err(error) => return (Err(error), None),
-        };
-    };
-    timings.decode = begin.elapsed();
-    usage.lookup = match ahead.end(model, &mut cache) {
-        Ok(guesses) => guesses,
-        Err(error) => return (Err(error), None),
-    };
-    if reason == FinishReason::Cancelled {
-        match sequence.finish(reason) {
-            Ok(Advance { text, .. }) if !text.is_empty() => {
-                let _ = (job.sink)(Ok(Event::Text(text)));
-            }
-            _ => {}
         }
     }
-    (Ok(complete(&sequence, reason, usage, timings)), Some(cache))
+
+    fn recheck(&mut self, id: Id) -> Result<bool> {
+        let model = &mut self.model;
+        let Some(entry) = self.entries.get(&id) else { return Ok(true) };
+        let canceler = model.canceler();
+        canceler.reset();
+        entry.job.request.cancel.during(move || canceler.cancel(), || model.recheck())
+    }
+
+    /// Puts something else in the place of `graph`, and has everybody who was begun begin anew.
+    fn replace(&mut self, id: Id, graph: &str, reason: &str) {
+        tracing::warn!(graph, "taken out of service: {reason}");
+        self.idle.clear();
+        let demotion = self.model.demote(graph, reason);
+        self.reports.set(self.model.reports());
+        self.room = self.model.room();
+        self.scheduler.resize(self.room.sequences, self.room.positions);
+        let begun: Vec<Id> =
+            self.entries.iter().filter(|(_, entry)| entry.has_begun()).map(|(id, _)| *id).collect();
+        match demotion {
+            Ok(demotion) => {
+                self.scheduler.restart();
+                for id in begun {
+                    if let Some(entry) = self.entries.get_mut(&id) {
+                        entry.restart(&demotion);
+                    }
+                }
+            }
+            Err(error) => {
+                let mut error = Some(error);
+                for other in begun {
+                    if let Some(entry) = self.entries.get_mut(&other) {
+                        entry.cache = None;
+                    }
+                    let unsound = || Error::Unsound { graph: graph.to_owned(), reason: reason.to_owned() };
+                    let own = if other == id { error.take() } else { None };
+                    self.end(other, Err(own.unwrap_or_else(unsound)));
+                }
+            }
+        }
+    }
+
+    /// Tells a request how it ended, and keeps what was read for it.
+    fn end(&mut self, id: Id, end: Result<FinishReason>) {
+        let Some(mut entry) = self.entries.remove(&id) else { return };
+        if !entry.has_begun() {
+            self.load.update(|load| load.waiting = load.waiting.saturating_sub(1));
+        }
+        self.scheduler.end(id);
+        let reason = end.as_ref().map_or(FinishReason::Cancelled, |reason| *reason);
+        let end = match entry.stop(&mut self.model, reason) {
+            Ok(()) => {
+                self.idle.extend(entry.cache.take());
+                end
+            }
+            Err(error) => end.and(Err(error)),
+        };
+        self.load.update(|load| {
+            load.completed += 1;
+            load.active = self.scheduler.active();
+        });
+        entry.tell(end, self.model.prefixes());
+    }
 }
 
-fn looped() -> Error {
-    let reason =
-        "the answer goes round in circles, and it no longer computes what its goldens say".to_owned();
-    Error::Unsound { graph: Component::Decoder.name().to_owned(), reason }
-}
+const LOOPED: &str = "the answer goes round in circles, and it no longer computes what its goldens say";
 
-fn complete(sequence: &Sequence, finish_reason: FinishReason, usage: Usage, timings: Timings) -> Completion {
-    let token_ids = sequence.tokens().to_vec();
-    let usage = Usage { completion_tokens: token_ids.len(), ..usage };
-    let text = sequence.text().to_owned();
-    let (demotions, prefixes) = (Vec::new(), PrefixReport::default());
-    Completion { text, token_ids, finish_reason, usage, timings, demotions, prefixes }
+/// Whether a cache can be used for a prompt of which it holds so much.
+fn fits(Shared { common, held }: Shared) -> bool {
+    common > 0 && held - common < LOST
 }
 
 /// The thread that owns the model.
@@ -222,11 +375,17 @@ pub(super) fn start<M: CausalModel + 'static>(
     model: M,
     facts: Arc<ModelFacts>,
     reports: Reports,
+    load: LoadReport,
 ) -> Result<Worker> {
     let (sender, jobs) = mpsc::channel();
+    let room = model.room();
+    load.update(|load| {
+        (load.parallel, load.positions_limit) = (room.sequences, room.positions);
+        load.limited_by = room.limited_by;
+    });
     let thread = thread::Builder::new()
         .name("llava-phi engine".to_owned())
-        .spawn(move || work(model, &facts, &reports, &jobs))
+        .spawn(move || work(model, &facts, &reports, &load, &jobs))
         .map_err(|e| Error::Stopped(format!("its thread cannot be started: {e}")))?;
     Ok(Worker { jobs: Some(sender), thread: Some(thread) })
 }

@@ -249,6 +249,12 @@ impl<'a> Bench<'a> {
                 })?;
                 Ok(vec![Measurement::new(What::Ahead, Some(tokens), Some(depth), &warm_up, &samples)])
             }
+            Job::Together(count, depth) => {
+                let mut caches = self.sequences(count, depth.max(1))?;
+                let (warm_up, samples) = pace.run(|| self.step_together(&mut caches, depth.max(1)))?;
+                let (warm_up, samples) = (warm_up.concat(), samples.concat());
+                Ok(vec![Measurement::new(What::Together, Some(count), Some(depth), &warm_up, &samples)])
+            }
             Job::Context(positions) => {
                 let (warm_up, samples) = pace.run(|| {
                     let (took, logits) = self.prefill(positions)?;
@@ -371,6 +377,40 @@ impl<'a> Bench<'a> {
         let (_, logits) = self.read(&prompt)?;
         *state = Some(prompt);
         self.decode(logits)
+    }
+
+    /// As many caches of `depth` positions.
+    fn sequences(&mut self, count: usize, depth: usize) -> Result<Vec<KvCache>> {
+        // The bench's own cache would keep a place among them.
+        self.cache = self.model.empty_cache()?;
+        let prompt = given(&[Piece::Tokens(self.text(depth))])?;
+        let mut caches: Vec<KvCache> = Vec::with_capacity(count);
+        for _ in 0..count {
+            let mut cache = self.model.empty_cache()?;
+            let others: Vec<&KvCache> = caches.iter().collect();
+            let mut reading = self.model.begin(&prompt, &[], &mut cache, &others)?;
+            while self.model.read_on(&mut reading, usize::MAX, &mut cache)?.is_none() {}
+            caches.push(cache);
+        }
+        Ok(caches)
+    }
+
+    /// Steps of all sequences together, behind `depth` positions.
+    fn step_together(&mut self, caches: &mut [KvCache], depth: usize) -> Result<Vec<Duration>> {
+        for cache in caches.iter_mut() {
+            self.model.forget(cache.len() - depth, cache)?;
+        }
+        let mut tokens = self.text(caches.len());
+        let mut took = Vec::with_capacity(self.wishes.steps);
+        for _ in 0..self.wishes.steps {
+            let begin = Instant::now();
+            let read = self.model.decode_each(&tokens, &mut caches.iter_mut().collect::<Vec<_>>());
+            for (token, logits) in tokens.iter_mut().zip(read) {
+                *token = self.pick(&mut logits?)?;
+            }
+            took.push(begin.elapsed());
+        }
+        Ok(took)
     }
 
     fn decode(&mut self, mut logits: Logits) -> Result<Vec<Duration>> {

@@ -21,6 +21,9 @@ pub enum Subject {
     SecondQuestion,
     /// Several tokens in one run at several depths, as a lookup reads them; only when it is asked for.
     Ahead,
+    /// One token of each of several sequences in one run at several depths, as a server reads them; only when it is asked
+    /// for.
+    Together,
     /// The whole context: how long it is to read, and the speed at its end.
     Context,
 }
@@ -47,6 +50,7 @@ impl Subject {
             Self::FirstToken => "first-token",
             Self::SecondQuestion => "second-question",
             Self::Ahead => "ahead",
+            Self::Together => "together",
             Self::Context => "context",
         }
     }
@@ -84,6 +88,8 @@ pub(super) enum Job {
     Decode(usize),
     /// So many tokens in one run, behind so many positions.
     Ahead(usize, usize),
+    /// A token of each of so many sequences in one run, each behind so many positions.
+    Together(usize, usize),
     Context(usize),
 }
 
@@ -98,6 +104,7 @@ impl Job {
             Self::Prefill(positions) => format!("prefill {positions}"),
             Self::Decode(depth) => format!("decode {depth}"),
             Self::Ahead(tokens, depth) => format!("ahead {tokens} at {depth}"),
+            Self::Together(sequences, depth) => format!("together {sequences} at {depth}"),
             Self::Context(_) => Subject::Context.name().to_owned(),
         }
     }
@@ -105,8 +112,10 @@ impl Job {
 
 /// Tokens of one run that stand for a lookup's.
 const AHEAD: [usize; 4] = [1, 2, 4, 8];
+/// Sequences that stand for a server's.
+pub(super) const TOGETHER: [usize; 4] = [1, 2, 4, 8];
 /// The order in which subjects are measured.
-const ORDER: [Subject; 8] = [
+const ORDER: [Subject; 9] = [
     Subject::Preprocess,
     Subject::Encode,
     Subject::FirstToken,
@@ -114,6 +123,7 @@ const ORDER: [Subject; 8] = [
     Subject::Prefill,
     Subject::Decode,
     Subject::Ahead,
+    Subject::Together,
     Subject::Context,
 ];
 /// Lengths of prompts that are measured unless others are asked for: a question alone, and one with a picture.
@@ -122,6 +132,12 @@ const LENGTHS: [usize; 2] = [128, 640];
 const DEPTHS: [usize; 2] = [0, 700];
 
 impl Wishes {
+    /// Sequences for which the model must have room.
+    pub fn parallel(&self) -> usize {
+        let together = self.subjects.contains(&Subject::Together);
+        if together { TOGETHER[TOGETHER.len() - 1] } else { 1 }
+    }
+
     /// The jobs in their order, and what is left out because `context` positions do not hold it. A picture takes
     /// `image` positions; the template's own text around it takes `template`.
     ///
@@ -168,6 +184,14 @@ impl Wishes {
                     // One behind the other, so that what is compared was measured at one time.
                     let all =
                         sizes.into_iter().flat_map(|depth| AHEAD.map(|tokens| Job::Ahead(tokens, depth)));
+                    jobs.extend(all);
+                }
+                Subject::Together => {
+                    let most = context.saturating_sub(self.steps.saturating_mul(2));
+                    let sizes = self.depths.as_deref().unwrap_or(&DEPTHS);
+                    let sizes = fitting("depth", sizes, 0, most, self.depths.is_some(), &mut left_out)?;
+                    let all =
+                        sizes.into_iter().flat_map(|depth| TOGETHER.map(|count| Job::Together(count, depth)));
                     jobs.extend(all);
                 }
                 Subject::FirstToken | Subject::SecondQuestion => {
@@ -266,6 +290,11 @@ mod tests {
         let (jobs, left_out) = wishes(&[Subject::Ahead]).jobs(512, 64, 40).unwrap();
         assert_eq!(jobs, AHEAD.map(|tokens| Job::Ahead(tokens, 0)));
         assert_eq!(left_out, ["depth 700: at most 504 fit into the context"]);
+        let together = wishes(&[Subject::Together]);
+        let (jobs, left_out) = together.jobs(512, 64, 40).unwrap();
+        assert_eq!(jobs, TOGETHER.map(|count| Job::Together(count, 0)));
+        assert_eq!(left_out, ["depth 700: at most 480 fit into the context"]);
+        assert_eq!((together.parallel(), wishes(&[Subject::Ahead]).parallel()), (8, 1));
     }
 
     #[test]

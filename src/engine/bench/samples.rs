@@ -44,6 +44,8 @@ pub enum What {
     Decode,
     /// Reading several tokens in one run, with the logits of each.
     Ahead,
+    /// One token of each of several sequences in one run; what is read is how many of them.
+    Together,
     /// From the pixel values of a picture and a question to the first token, with nothing read before.
     FirstToken,
     /// From a question about a picture that was asked about before to the first token.
