@@ -1,0 +1,206 @@
+//! A request's body as a value, with every fault named after its parameter.
+
+use axum::body::Bytes;
+use axum::extract::{FromRequest, Request};
+use axum::http::{HeaderMap, header};
+use futures_util::StreamExt as _;
+use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor, value::Error as Unread};
+use serde_json::{Map, Value};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use super::error::{Answer, ApiError};
+use super::state::{AppState, BUFFER_UNIT};
+
+/// The body of a request, as JSON.
+///
+/// `T` is a struct of which every field has a default. A member that it lacks is refused by name; `null` is as if the
+/// member were not there.
+#[derive(Debug)]
+pub(super) struct Body<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for Body<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &AppState) -> Answer<Self> {
+        // A page from elsewhere can send forms and plain text here without being asked to, but no JSON.
+        if !is_json(request.headers()) {
+            return Err(ApiError::media_type());
+        }
+        let (bytes, _room) = collect(request, state).await?;
+        let parsed = spawn_blocking(move || parse(&bytes)).await;
+        parsed.map_err(|_| ApiError::internal())?.map(Self)
+    }
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    value.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
+}
+
+/// Reads a body within the limits of bytes and time.
+async fn collect(request: Request, state: &AppState) -> Answer<(Bytes, Vec<OwnedSemaphorePermit>)> {
+    let limits = state.options().limits;
+    let announced = request.headers().get(header::CONTENT_LENGTH);
+    let announced = announced.and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+    if announced.is_some_and(|bytes| bytes > limits.body_bytes) {
+        return Err(ApiError::too_large(limits.body_bytes));
+    }
+    let mut rooms = Vec::new();
+    let mut held = 0;
+    let mut bytes = Vec::new();
+    let mut stream = request.into_body().into_data_stream();
+    let whole = async {
+        loop {
+            let Ok(next) = timeout(limits.stall_time, stream.next()).await else {
+                return Err(ApiError::slow());
+            };
+            let Some(piece) = next else { return Ok(()) };
+            let piece = piece.map_err(|_| ApiError::malformed("the body ended early; send all of it"))?;
+            if bytes.len() + piece.len() > limits.body_bytes {
+                return Err(ApiError::too_large(limits.body_bytes));
+            }
+            bytes.extend_from_slice(&piece);
+            let wanted = bytes.len().div_ceil(BUFFER_UNIT);
+            let more = u32::try_from(wanted - held).unwrap_or(u32::MAX);
+            let room = std::sync::Arc::clone(state.buffered()).try_acquire_many_owned(more);
+            rooms.push(room.map_err(|_| {
+                ApiError::busy("the bodies of other requests take all room; ask again in a while")
+            })?);
+            held = wanted;
+        }
+    };
+    timeout(limits.request_time, whole).await.map_err(|_| ApiError::slow())??;
+    Ok((bytes.into(), rooms))
+}
+
+/// Reads `bytes` as a `T`.
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Answer<T> {
+    let value = serde_json::from_slice(bytes)
+        .map_err(|e| ApiError::malformed(format!("the body is not JSON ({e}); send one object")))?;
+    let Value::Object(mut members) = value else {
+        return Err(ApiError::malformed("the body is JSON but no object; send one object"));
+    };
+    members.retain(|_, value| !value.is_null());
+    let known = fields::<T>();
+    if let Some(name) = members.keys().find(|name| !known.contains(&name.as_str())) {
+        return Err(ApiError::unsupported(name, ""));
+    }
+    serde_json::from_value(Value::Object(members))
+        .map_err(|fault| blamed::<T>(bytes).unwrap_or_else(|| ApiError::invalid(fault.to_string())))
+}
+
+/// The member that cannot be read, and why: they are tried one at a time, since what serde says of a whole object does
+/// not name the member.
+fn blamed<T: DeserializeOwned>(bytes: &[u8]) -> Option<ApiError> {
+    let members: Map<String, Value> = serde_json::from_slice(bytes).ok()?;
+    members.into_iter().filter(|(_, value)| !value.is_null()).find_map(|(name, value)| {
+        let alone = Map::from_iter([(name.clone(), value)]);
+        let fault = serde_json::from_value::<T>(Value::Object(alone)).err()?;
+        Some(ApiError::value(&name, format!("{name} cannot be read: {fault}")))
+    })
+}
+
+/// The names of the fields of `T`.
+pub(super) fn fields<T: DeserializeOwned>() -> &'static [&'static str] {
+    let mut names: &'static [&'static str] = &[];
+    // The attempt always fails; what it asked for is what is wanted.
+    let _ = T::deserialize(Names(&mut names));
+    names
+}
+
+/// Holds nothing, and notes which fields were asked for.
+struct Names<'a>(&'a mut &'static [&'static str]);
+
+impl<'de> Deserializer<'de> for Names<'_> {
+    type Error = Unread;
+
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Unread> {
+        Err(Unread::custom("there is no value"))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Unread> {
+        *self.0 = fields;
+        self.deserialize_any(visitor)
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}
+
+/// Takes the members that are `null` out of `value` and of all below it.
+pub(super) fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Object(members) => {
+            let members = members.into_iter().filter(|(_, value)| !value.is_null());
+            Value::Object(members.map(|(name, value)| (name, without_nulls(value))).collect())
+        }
+        Value::Array(items) => Value::Array(items.into_iter().map(without_nulls).collect()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Default, PartialEq, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct Asked {
+        model: String,
+        temperature: Option<f32>,
+        stop: Vec<String>,
+    }
+
+    fn fault(body: &str) -> Value {
+        parse::<Asked>(body.as_bytes()).unwrap_err().body()["error"].take()
+    }
+
+    #[test]
+    fn null_is_as_if_the_member_were_not_there() {
+        let asked =
+            parse::<Asked>(br#"{"model": "m", "temperature": null, "stop": null, "tools": null}"#).unwrap();
+        assert_eq!(asked, Asked { model: "m".to_owned(), ..Asked::default() });
+        assert_eq!(fields::<Asked>(), ["model", "temperature", "stop"]);
+    }
+
+    #[test]
+    fn a_fault_names_the_parameter() {
+        let unknown = fault(r#"{"model": "m", "tools": []}"#);
+        assert_eq!(
+            (unknown["param"].as_str(), unknown["code"].as_str()),
+            (Some("tools"), Some("unsupported_parameter"))
+        );
+        assert_eq!(unknown["message"], "tools is not supported; leave it out");
+        let wrong = fault(r#"{"model": "m", "temperature": "hot"}"#);
+        assert_eq!(
+            (wrong["param"].as_str(), wrong["code"].as_str()),
+            (Some("temperature"), Some("invalid_value"))
+        );
+        assert_eq!(
+            wrong["message"],
+            "temperature cannot be read: invalid type: string \"hot\", expected f32"
+        );
+    }
+
+    #[test]
+    fn what_is_no_object_is_malformed() {
+        for body in ["", "{", "[]", "null", "\"a\"", "{}{}", "\u{feff}{}", &"[".repeat(100_000)] {
+            assert_eq!(fault(body)["code"], "malformed_json", "{}", &body[..body.len().min(20)]);
+        }
+        assert_eq!(
+            parse::<Asked>(b"{\"model\": \"\xff\"}").unwrap_err().body()["error"]["code"],
+            "malformed_json"
+        );
+    }
+}
