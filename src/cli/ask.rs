@@ -12,6 +12,7 @@ use anyhow::Context as _;
 
 use super::context::{self, Context, GenerationArguments, ModelArguments};
 use super::figures::{self, Answer, Outside};
+use super::form::constrained;
 use super::interrupt;
 use super::live::Live;
 use crate::engine::event::Completion;
@@ -30,6 +31,10 @@ pub(super) struct Arguments {
     #[arg(long)]
     json: bool,
 
+    /// Tell how likely each token of the answer was, and the N likeliest in its place, at most 20
+    #[arg(long, value_name = "N", requires = "json")]
+    logprobs: Option<usize>,
+
     #[command(flatten)]
     model: ModelArguments,
 
@@ -39,8 +44,10 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<ExitCode> {
     let (question, images) = question_of(&arguments.words)?;
-    let params = arguments.generation.params()?;
+    let params = arguments.generation.params(arguments.logprobs)?;
+    let form = arguments.generation.form.spec()?;
     let engine = arguments.model.open_engine(context)?;
+    let params = constrained(params, form.as_ref(), &engine)?;
 
     let begin = Instant::now();
     let images = arguments.model.images(&engine, images)?;

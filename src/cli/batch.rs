@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::context::{self, Context, GenerationArguments, ModelArguments};
 use super::figures::{Answer, Outside};
+use super::form::constrained;
 use super::interrupt;
 use crate::engine::Engine;
 use crate::error::Error;
@@ -34,6 +35,10 @@ pub(super) struct Arguments {
     /// Where the answers go, one JSON line each; questions whose id is there already are not asked again
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
+
+    /// Tell how likely each token of the answer was, and the N likeliest in its place, at most 20
+    #[arg(long, value_name = "N")]
+    logprobs: Option<usize>,
 
     #[command(flatten)]
     model: ModelArguments,
@@ -54,7 +59,8 @@ struct Question {
 }
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<ExitCode> {
-    let params = arguments.generation.params()?;
+    let params = arguments.generation.params(arguments.logprobs)?;
+    let form = arguments.generation.form.spec()?;
     let questions = read_questions(&arguments.questions)?;
     let answered = answered_ids(&arguments.output)?;
     let mut output = OpenOptions::new().create(true).append(true).open(&arguments.output).map_err(|e| {
@@ -62,6 +68,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
         Error::Request(format!("{path} cannot be written ({e}); give --output another file"))
     })?;
     let engine = arguments.model.open_engine(context)?;
+    let params = constrained(params, form.as_ref(), &engine)?;
     let open: Vec<&Question> =
         questions.iter().filter(|question| !answered.contains(&question.id.to_string())).collect();
     let progress = ProgressBar::new(open.len() as u64).with_style(

@@ -14,6 +14,7 @@ use rustyline::error::ReadlineError;
 
 use super::context::{Context, GenerationArguments, ModelArguments};
 use super::figures::{self, Outside};
+use super::form::constrained;
 use super::interrupt;
 use super::live::Live;
 use crate::chat::Chat;
@@ -53,8 +54,10 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<ExitCode> {
-    let params = arguments.generation.params()?;
+    let params = arguments.generation.params(None)?;
+    let form = arguments.generation.form.spec()?;
     let engine = arguments.model.open_engine(context)?;
+    let params = constrained(params, form.as_ref(), &engine)?;
     let mut chat = Chat::new(engine);
     chat.set_system(arguments.generation.system.clone());
     let mut terminal = Terminal { arguments, chat, params, pending: Vec::new(), last: None };

@@ -1,6 +1,7 @@
 //! Arguments that commands share, and what they stand for.
 
 use std::{
+    collections::BTreeMap,
     env,
     ffi::OsString,
     io::{self, Write as _},
@@ -12,12 +13,12 @@ use std::{
 
 use clap::ValueEnum;
 
+use super::form::FormArguments;
 use super::session::{SessionArguments, parse_size};
 
 use crate::chat::conversation::{Message, Part};
 use crate::chat::template;
 use crate::compiled::CompiledCache;
-use crate::engine::cancel::CancelToken;
 use crate::engine::{Engine, EngineOptions, Request};
 use crate::error::{Error, Result};
 use crate::generate::params::{GenerateParams, Sampling};
@@ -34,6 +35,7 @@ use crate::model::visual_tokens::{VisualTokens, VisualTokensReport};
 use crate::package::ModelPackage;
 use crate::package::manifest::Fit;
 use crate::runtime::{LibraryOptions, Runtime};
+use crate::text::TokenId;
 
 /// What every command takes.
 #[derive(Debug, Default, clap::Args)]
@@ -230,11 +232,31 @@ impl ModelArguments {
 
     /// Opens the package and the engine over it.
     pub(super) fn open_engine(&self, context: &Context) -> Result<Engine> {
-        let package = self.package()?;
+        self.open_engine_for(context, ModelOptions::default().parallel, None)
+    }
+
+    /// The same, for `parallel` requests at once and at most `queue` that wait beyond them.
+    pub(super) fn open_engine_for(
+        &self,
+        context: &Context,
+        parallel: usize,
+        queue: Option<usize>,
+    ) -> Result<Engine> {
+        self.open_engine_of(&self.package()?, context, parallel, queue)
+    }
+
+    /// The same, over a package that was opened.
+    pub(super) fn open_engine_of(
+        &self,
+        package: &ModelPackage,
+        context: &Context,
+        parallel: usize,
+        queue: Option<usize>,
+    ) -> Result<Engine> {
         let runtime = context.start_runtime()?;
-        let model = self.model_options(context, runtime, &package)?;
-        let options = EngineOptions { library: context.library(), model, limits: self.limits() };
-        let engine = Engine::open(&package, &options)?;
+        let model = ModelOptions { parallel, ..self.model_options(context, runtime, package)? };
+        let options = EngineOptions { library: context.library(), model, limits: self.limits(), queue };
+        let engine = Engine::open(package, &options)?;
         if let Some(report) = &engine.facts().visual_tokens {
             // Standard error may be closed; there is nowhere else to say so.
             let _ = writeln!(io::stderr(), "notice: {report}");
@@ -302,6 +324,18 @@ impl ModelArguments {
     pub(super) fn visual_tokens(&self, package: &ModelPackage) -> Result<Option<VisualTokensReport>> {
         let tokens = VisualTokens::new(package, self.visual_tokens)?;
         Ok(VisualTokensReport::new(package, tokens))
+    }
+
+    /// The package's directory, where one was named.
+    #[cfg(feature = "server")]
+    pub(super) fn directory(&self) -> Option<&Path> {
+        self.model.as_deref()
+    }
+
+    /// The most bytes that models may take.
+    #[cfg(feature = "server")]
+    pub(super) fn memory_limit(&self) -> Option<u64> {
+        self.session.memory_limit()
     }
 
     pub(super) fn limits(&self) -> Limits {
@@ -387,6 +421,18 @@ pub(super) struct GenerationArguments {
     #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
     repetition_penalty: f32,
 
+    /// Subtract this from the score of a token for each time that the answer holds it, from -2 to 2
+    #[arg(long, value_name = "F", default_value_t = 0.0, allow_negative_numbers = true)]
+    frequency_penalty: f32,
+
+    /// Subtract this once from the score of a token that the answer holds, from -2 to 2
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
+    presence_penalty: f32,
+
+    /// Add VALUE, from -100 to 100, to the score of token ID; may be given several times
+    #[arg(long, value_name = "ID=VALUE", value_parser = parse_bias)]
+    logit_bias: Vec<(TokenId, f32)>,
+
     /// Seed of the sampling; the same seed gives the same answer on every platform
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
@@ -399,6 +445,9 @@ pub(super) struct GenerationArguments {
     /// End the answer before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+
+    #[command(flatten)]
+    pub(super) form: FormArguments,
 }
 
 impl GenerationArguments {
@@ -413,22 +462,43 @@ impl GenerationArguments {
         let parts = (0..images.len()).map(Part::Image).chain([Part::Text(question.to_owned())]);
         let message = Message::user(parts);
         let pieces = template::render(&engine.facts().template, self.system.as_deref(), &[message])?;
-        Ok(Request { prompt: engine.prompt(&pieces)?, images, params, cancel: CancelToken::new() })
+        Ok(Request::new(engine.prompt(&pieces)?, images, params))
     }
 
-    /// The parameters, checked against each other.
-    pub(super) fn params(&self) -> Result<GenerateParams> {
+    /// The parameters, checked against each other, with the `logprobs` likeliest tokens of each place.
+    pub(super) fn params(&self, logprobs: Option<usize>) -> Result<GenerateParams> {
         let sampling = Sampling::from_options(self.temperature, self.top_p, self.top_k, self.min_p)?;
         let seed = sampling.seed(self.seed)?;
         let params = GenerateParams {
             max_new_tokens: self.max_new_tokens,
             sampling,
             repetition_penalty: self.repetition_penalty,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            logit_bias: biases(&self.logit_bias)?,
+            logprobs,
             stop: self.stop.clone(),
             seed,
             lookup: self.lookup,
+            constraint: None,
         };
         params.validate()?;
         Ok(params)
     }
+}
+
+/// A token and what is added to its logit, from the command line.
+fn parse_bias(text: &str) -> std::result::Result<(TokenId, f32), String> {
+    let pair = text.split_once('=').and_then(|(id, bias)| Some((id.parse().ok()?, bias.parse().ok()?)));
+    pair.ok_or_else(|| "a bias is a token's id and a number, such as 262=-1.5".to_owned())
+}
+
+fn biases(given: &[(TokenId, f32)]) -> Result<BTreeMap<TokenId, f32>> {
+    let mut biases = BTreeMap::new();
+    for (id, bias) in given {
+        if biases.insert(*id, *bias).is_some() {
+            return Err(Error::Request(format!("--logit-bias names token {id} twice; name it once")));
+        }
+    }
+    Ok(biases)
 }

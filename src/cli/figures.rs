@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::engine::ModelFacts;
 use crate::engine::event::Completion;
 use crate::generate::lookup::Figures;
-use crate::generate::sequence::FinishReason;
+use crate::generate::sequence::{FinishReason, TokenLogprobs};
 use crate::model::compiled::CompiledReport;
 use crate::model::goldens::Agreement;
 use crate::model::prefix::{CachedFrom, PrefixReport};
@@ -28,6 +28,10 @@ pub(super) struct Answer<'a> {
     text: &'a str,
     token_ids: &'a [TokenId],
     finish_reason: FinishReason,
+    #[serde(skip_serializing_if = "<[TokenLogprobs]>::is_empty")]
+    logprobs: &'a [TokenLogprobs],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    choices: Option<Vec<Choice<'a>>>,
     usage: Positions,
     timings_ms: TimingsMs,
     providers: BTreeMap<&'static str, Served<'a>>,
@@ -37,6 +41,13 @@ pub(super) struct Answer<'a> {
     prefixes: &'a PrefixReport,
     #[serde(skip_serializing_if = "<[Demotion]>::is_empty")]
     demotions: &'a [Demotion],
+}
+
+/// One of the texts of which the answer had to be one, and its share of the probability of all.
+#[derive(Debug, Serialize)]
+struct Choice<'a> {
+    text: &'a str,
+    probability: f64,
 }
 
 /// Positions that were read and written.
@@ -137,6 +148,10 @@ impl<'a> Answer<'a> {
             text: &completion.text,
             token_ids: &completion.token_ids,
             finish_reason: completion.finish_reason,
+            logprobs: &completion.logprobs,
+            choices: completion.choices.as_ref().map(|choices| {
+                choices.iter().map(|(text, probability)| Choice { text, probability: *probability }).collect()
+            }),
             usage: Positions {
                 prompt_tokens: usage.prompt_tokens,
                 image_tokens: usage.image_tokens,
@@ -235,6 +250,9 @@ pub(super) fn print(
     write!(out, ", {} + {} tokens", usage.prompt_tokens, usage.completion_tokens)?;
     if usage.cached_tokens > 0 {
         write!(out, " ({} not read again{})", usage.cached_tokens, sources(&usage.cached_from))?;
+    }
+    for (place, (text, probability)) in completion.choices.iter().flatten().enumerate() {
+        write!(out, "{} {text} {probability:.3}", if place == 0 { "; choices" } else { "," })?;
     }
     if let Some(Figures { guessed, right }) = usage.lookup {
         write!(out, ", {right} of {guessed} guessed tokens right")?;

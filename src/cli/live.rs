@@ -23,7 +23,7 @@ impl Live {
     pub(super) fn show(&mut self, event: &Event) -> ControlFlow<()> {
         let mut stdout = io::stdout();
         self.written = match event {
-            Event::Text(text) => write!(stdout, "{text}").and_then(|()| stdout.flush()),
+            Event::Text(delta) => write!(stdout, "{}", delta.text).and_then(|()| stdout.flush()),
             Event::Restarted(demotion) => {
                 writeln!(stdout).and_then(|()| writeln!(io::stderr(), "notice: {}", restarted(demotion)))
             }

@@ -10,25 +10,30 @@ mod config;
 mod context;
 mod doctor;
 mod figures;
+mod form;
 mod inspect;
 mod interrupt;
 mod live;
 mod npy;
 mod runtime;
+#[cfg(feature = "server")]
+mod serve;
 mod session;
 mod trace;
 mod tune;
 
 use std::{
-    io::{self, Write as _},
+    ffi::OsString,
+    io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
 };
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, ErrorKind};
+use config::Layers;
 use context::Context;
 
 /// Runs the LLaVA-Phi vision-language model anywhere ONNX Runtime runs.
@@ -58,6 +63,9 @@ Exit codes:
 enum Command {
     /// Ask one question, about images or none
     Ask(ask::Arguments),
+    /// Answer clients of OpenAI's API over HTTP
+    #[cfg(feature = "server")]
+    Serve(serve::Arguments),
     /// Hold a conversation in the terminal
     Chat(chat::Arguments),
     /// Answer many questions: JSON lines in, JSON lines out
@@ -85,34 +93,88 @@ enum Command {
     },
 }
 
+impl Command {
+    /// What is logged unless `LLAVA_PHI_LOG` says otherwise: nothing, but a server says what it is asked.
+    fn log(&self) -> &'static str {
+        match self {
+            #[cfg(feature = "server")]
+            Self::Serve(_) => "llava_phi=warn,llava_phi::server=info",
+            _ => "off",
+        }
+    }
+
+    /// What a line of the log looks like.
+    fn log_format(&self) -> LogFormat {
+        match self {
+            #[cfg(feature = "server")]
+            Self::Serve(arguments) => arguments.log_format(),
+            _ => LogFormat::Text,
+        }
+    }
+
+    /// Whether only the settings are to be shown.
+    fn prints_settings(&self) -> bool {
+        match self {
+            #[cfg(feature = "server")]
+            Self::Serve(arguments) => arguments.prints_settings(),
+            _ => false,
+        }
+    }
+}
+
+/// What a line of the log looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    /// For people
+    Text,
+    /// A JSON object
+    Json,
+}
+
 /// Parses the arguments, runs the command and gives the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
-    let words = match config::with_file(&Arguments::command(), std::env::args_os().collect()) {
-        Ok(words) => words,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "error: {error}");
-            return ExitCode::from(exit_code(&error.into()));
-        }
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let layers = match Layers::new(command(), &words, &config::environment) {
+        Ok(layers) => layers,
+        Err(error) => return failed(&error.into()),
     };
-    let parsed =
-        command().try_get_matches_from(words).and_then(|matches| Arguments::from_arg_matches(&matches));
-    let arguments = match parsed {
-        Ok(arguments) => arguments,
+    let parsed = layers.program.clone().try_get_matches_from(words);
+    let parsed = parsed.and_then(|matches| Ok((Arguments::from_arg_matches(&matches)?, matches)));
+    let (arguments, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) => return misuse(&error),
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_env("LLAVA_PHI_LOG").unwrap_or_else(|_| EnvFilter::new("off")))
-        .with_writer(io::stderr)
-        .init();
+    if arguments.command.prints_settings() {
+        let printed = layers.print(&matches).map_err(anyhow::Error::from);
+        return match printed.and_then(|text| Ok(io::stdout().write_all(text.as_bytes())?)) {
+            Err(error) if !is_broken_pipe(&error) => failed(&error),
+            _ => ExitCode::SUCCESS,
+        };
+    }
+    log(&arguments.command);
     match run(arguments) {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Standard error may be closed; there is nowhere else to say so.
-            let _ = writeln!(io::stderr(), "error: {}", sentence(&error));
-            ExitCode::from(exit_code(&error))
-        }
+        Err(error) => failed(&error),
+    }
+}
+
+/// Says on standard error what went wrong, and gives its exit code.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    // Standard error may be closed; there is nowhere else to say so.
+    let _ = writeln!(io::stderr(), "error: {}", sentence(error));
+    ExitCode::from(exit_code(error))
+}
+
+/// Starts the log on standard error.
+fn log(command: &Command) {
+    let filter = EnvFilter::try_from_env("LLAVA_PHI_LOG").unwrap_or_else(|_| EnvFilter::new(command.log()));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let log = log.with_ansi(io::stderr().is_terminal());
+    match command.log_format() {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
     }
 }
 
@@ -126,6 +188,8 @@ fn command() -> clap::Command {
 fn run(Arguments { command, context }: Arguments) -> anyhow::Result<ExitCode> {
     match command {
         Command::Ask(arguments) => ask::run(&arguments, &context),
+        #[cfg(feature = "server")]
+        Command::Serve(arguments) => serve::run(arguments, context),
         Command::Chat(arguments) => chat::run(&arguments, &context),
         Command::Batch(arguments) => batch::run(&arguments, &context),
         Command::Inspect(arguments) => inspect::run(&arguments, &context),
@@ -158,11 +222,16 @@ fn misuse(error: &clap::Error) -> ExitCode {
         let _ = error.print();
         return ExitCode::from(code);
     }
+    let _ = writeln!(io::stderr(), "error: {}; --help lists what can be given", fault(error));
+    ExitCode::from(code)
+}
+
+/// What is wrong with an argument, in one line.
+fn fault(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let fault = text.split("\n\nUsage:").next().unwrap_or(&text);
     let fault = fault.split("\n\nFor more information").next().unwrap_or(fault);
-    let _ = writeln!(io::stderr(), "{}; --help lists what can be given", one_line(fault));
-    ExitCode::from(code)
+    one_line(fault.strip_prefix("error: ").unwrap_or(fault))
 }
 
 /// An error as one line: what failed, and what lies below it in brackets.
@@ -191,7 +260,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         Some(ErrorKind::Request) => 2,
         Some(ErrorKind::Package | ErrorKind::Provider) => 3,
         Some(ErrorKind::Cancelled) => INTERRUPTED,
-        Some(ErrorKind::Runtime) | None => 1,
+        Some(ErrorKind::Runtime | ErrorKind::Busy | ErrorKind::Deadline) | None => 1,
     }
 }
 

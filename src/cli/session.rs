@@ -72,6 +72,12 @@ enum KernelChoice {
 }
 
 impl SessionArguments {
+    /// The most bytes that models may take.
+    #[cfg(feature = "server")]
+    pub(super) fn memory_limit(&self) -> Option<u64> {
+        self.memory_limit
+    }
+
     /// What they say of how a model is loaded, with the cache of compiled graphs; the rest is as ever.
     pub(super) fn options(&self, context: &Context) -> Result<ModelOptions> {
         let defaults = ModelOptions::default();

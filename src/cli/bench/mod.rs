@@ -113,6 +113,9 @@ enum Wanted {
     SecondQuestion,
     /// 1, 2, 4 and 8 tokens in one run at several depths, as --lookup reads them; not unless it is named
     Ahead,
+    /// A token of each of 1, 2, 4 and 8 sequences in one run at several depths, as `serve` reads them; not unless it is
+    /// named
+    Together,
     /// The whole context
     Context,
 }
@@ -182,6 +185,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
     let options = ModelOptions {
         // What was kept of a prompt would be measured instead of reading it.
         prefixes: PrefixOptions { memory: Some(0), directory: None },
+        parallel: wishes.parallel(),
         ..arguments.model.model_options(context, runtime, &package)?
     };
     let settings = figures::ModelSettings::new(&options);
@@ -254,6 +258,7 @@ impl Arguments {
                 Wanted::FirstToken => Subject::FirstToken,
                 Wanted::SecondQuestion => Subject::SecondQuestion,
                 Wanted::Ahead => Subject::Ahead,
+                Wanted::Together => Subject::Together,
                 Wanted::Context => Subject::Context,
             })
         };

@@ -82,6 +82,7 @@ fn name(what: What) -> &'static str {
         What::Prefill => "prefill",
         What::Decode => "decode",
         What::Ahead => "ahead",
+        What::Together => "together",
         What::FirstToken => "first token",
         What::SecondQuestion => "second question",
         What::ContextPrefill => "context, prefill",
