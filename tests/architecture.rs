@@ -13,6 +13,7 @@ const FLOORS: &[&[&str]] = &[
     &["generate"],
     &["engine"],
     &["chat"],
+    &["server"],
     &["cli"],
 ];
 
@@ -21,6 +22,10 @@ const OWNED: &[(&str, &str)] = &[
     ("ort::", "runtime"),
     ("tokenizers::", "text"),
     ("fast_image_resize::", "image"),
+    ("llguidance::", "generate"),
+    ("axum::", "server"),
+    ("reqwest::", "server"),
+    ("tokio::", "server"),
     ("clap::", "cli"),
     ("rustyline::", "cli"),
     ("indicatif::", "cli"),

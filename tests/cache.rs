@@ -172,18 +172,8 @@ fn the_engine_chooses_a_limit_and_says_what_decided_it() {
 
 /// The program with a cache of its own, and nothing of the user's around it.
 fn program(cache: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_llava-phi"));
-    for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("LLAVA_PHI_") {
-            command.env_remove(name);
-        }
-    }
-    let library = Runtime::start(&support::library(), &mut |_| {}).unwrap().library().path.clone();
-    if let Some(library) = library {
-        command.env("ORT_DYLIB_PATH", library);
-    }
-    command.env("LLAVA_PHI_OFFLINE", "1").arg("--cache-dir").arg(cache);
-    command.current_dir(env!("CARGO_MANIFEST_DIR"));
+    let mut command = support::program();
+    command.arg("--cache-dir").arg(cache);
     command
 }
 

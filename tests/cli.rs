@@ -1,14 +1,8 @@
 //! The program as a user runs it: what it prints, where, and how it ends.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    path::{Path, PathBuf},
-    sync::OnceLock,
-};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use assert_cmd::Command;
-use llava_phi::runtime::Runtime;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -26,33 +20,15 @@ pub(crate) struct Run {
     pub(crate) err: String,
 }
 
-/// ONNX Runtime as the other tests find it; the program is then told where it is.
-fn library() -> Option<&'static Path> {
-    static LIBRARY: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let find = || Runtime::start(&support::library(), &mut |_| {}).unwrap().library().path.clone();
-    LIBRARY.get_or_init(find).as_deref()
-}
-
 /// The program without anything of the user's own around it.
 pub(crate) fn bare() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_llava-phi"));
-    for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("LLAVA_PHI_") {
-            command.env_remove(name);
-        }
-    }
-    command.env_remove("ORT_DYLIB_PATH").env_remove("VIRTUAL_ENV").env("LLAVA_PHI_OFFLINE", "1");
-    command.current_dir(env!("CARGO_MANIFEST_DIR"));
-    command
+    Command::from_std(support::bare())
 }
 
 pub(crate) fn program() -> Command {
-    let mut command = bare();
+    let mut command = Command::from_std(support::program());
     // What a developer tuned would change what serves.
     command.env("LLAVA_PHI_CACHE", concat!(env!("CARGO_TARGET_TMPDIR"), "/no-cache"));
-    if let Some(library) = library() {
-        command.env("ORT_DYLIB_PATH", library);
-    }
     command
 }
 
@@ -518,14 +494,15 @@ mod signals {
         process::{Child, Command, Stdio},
     };
 
-    use super::{DESCRIBE, PHOTO, Value, library};
+    use super::{DESCRIBE, PHOTO, Value};
+    use crate::support::library_path;
 
     /// An answer that takes a while, even of a miniature.
     fn start(more: &[&str]) -> Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_llava-phi"));
         command.current_dir(env!("CARGO_MANIFEST_DIR")).env("LLAVA_PHI_OFFLINE", "1");
         command.env("LLAVA_PHI_LOG", "llava_phi=debug");
-        if let Some(library) = library() {
+        if let Some(library) = library_path() {
             command.env("ORT_DYLIB_PATH", library);
         }
         command.args(["ask", PHOTO, DESCRIBE, "--variant", "portable-f32", "--threads", "1"]);
@@ -612,4 +589,59 @@ fn a_library_that_is_no_plugin_is_refused_before_the_model_is_loaded() {
     refused(&ask("qnn=none/plugin.so"), 3, &["provider qnn: none/plugin.so does not exist"]);
     refused(&ask(&format!("qnn={PHOTO}")), 3, &["provider qnn: ", PHOTO]);
     refused(&ask("cpu=plugin.so"), 3, &["provider cpu: it is built in; leave its library out"]);
+}
+
+#[test]
+fn an_answer_looks_as_it_was_asked_to() {
+    let folder = TempDir::new().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let schema = write(
+        "schema.json",
+        r#"{"type": "object", "properties": {"red": {"type": "boolean"}}, "required": ["red"],
+            "additionalProperties": false}"#,
+    );
+    let grammar = write("grammar.lark", "start: \"red \" /[0-9]{3}/");
+    let value: Value =
+        serde_json::from_str(good(&["ask", PHOTO, DESCRIBE, "--schema", &schema]).trim()).unwrap();
+    assert!(value["red"].is_boolean(), "{value}");
+    let text = good(&["ask", PHOTO, DESCRIBE, "--grammar", &grammar]);
+    assert!(text.trim_end().len() == 7 && text.starts_with("red "), "{text}");
+    assert_eq!(
+        good(&["ask", PHOTO, DESCRIBE, "--regex", "x{3}y?", "--logit-bias", "0=-2"]).trim_end().find("xxx"),
+        Some(0)
+    );
+
+    let asked = run(&["ask", PHOTO, "What colour is it?", "--choice", "red,blue", "--choice", "green"]);
+    assert_eq!(asked.code, Some(0), "{}", asked.err);
+    assert!(["red\n", "blue\n", "green\n"].contains(&&asked.out[..]), "{}", asked.out);
+    assert!(asked.err.contains("; choices red 0."), "{}", asked.err);
+
+    let answer = json(&[PHOTO, "What colour is it?", "--choice", "red,blue", "--logprobs", "2"]);
+    assert_eq!(answer["choices"][1]["text"], "blue");
+    let shares = [0, 1].map(|n| answer["choices"][n]["probability"].as_f64().unwrap());
+    assert!((shares[0] + shares[1] - 1.0).abs() < 1e-9);
+    assert_eq!(answer["logprobs"][0]["top"].as_array().unwrap().len(), 2);
+    assert_eq!(answer["logprobs"][0]["id"], answer["token_ids"][0]);
+    let plain = json(&[PHOTO, DESCRIBE]);
+    assert!(plain.get("choices").is_none() && plain.get("logprobs").is_none());
+}
+
+#[test]
+fn what_an_answer_cannot_look_like_is_refused_by_name() {
+    let ask = |args: &[&str]| run(&[&["ask", PHOTO, DESCRIBE], args].concat());
+    refused(&ask(&["--regex", "("]), 2, &["the regex is refused", "change it or leave it out"]);
+    refused(&ask(&["--schema", "no/such/file"]), 2, &["no/such/file cannot be read"]);
+    refused(&ask(&["--schema", PHOTO]), 2, &["photo.jpg cannot be read"]);
+    refused(&ask(&["--choice", "red,red"]), 2, &["choice \"red\" is given twice"]);
+    refused(&ask(&["--frequency-penalty", "3"]), 2, &["frequency-penalty is 3", "from -2 to 2"]);
+    refused(&ask(&["--logit-bias", "99999999=1"]), 2, &["logit-bias names token 99999999"]);
+    refused(&ask(&["--logit-bias", "1=1", "--logit-bias", "1=2"]), 2, &["--logit-bias names token 1 twice"]);
+    refused(&ask(&["--choice", "a,b", "--presence-penalty", "1"]), 2, &["presence-penalty", "choice"]);
+    for args in [&["--regex", "a", "--choice", "b"][..], &["--logprobs", "2"], &["--logit-bias", "x"]] {
+        assert_eq!(ask(args).code, Some(2), "{args:?}");
+    }
 }

@@ -177,7 +177,7 @@ fn streamed(engine: &Engine, request: &Request) -> (String, Completion) {
     let mut joined = String::new();
     for event in engine.generate(request.clone()).unwrap() {
         match event.unwrap() {
-            Event::Text(text) => joined.push_str(&text),
+            Event::Text(delta) => joined.push_str(&delta.text),
             Event::Finished(completion) => return (joined, *completion),
             Event::Restarted(demotion) => panic!("{demotion:?}"),
         }

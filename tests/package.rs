@@ -7,7 +7,7 @@ use std::{
 
 use llava_phi::{
     Error,
-    engine::{Engine, EngineOptions, Request, cancel::CancelToken},
+    engine::{Engine, EngineOptions, Request},
     error::ErrorKind,
     generate::params::GenerateParams,
     model::{ModelOptions, selection::VariantSelection},
@@ -369,7 +369,7 @@ fn a_copy_answers_as_the_package_in_the_program() {
         let engine = engine(package, variant).unwrap();
         let prompt = engine.prompt(&[Piece::text("USER: Describe the image. ASSISTANT:")]).unwrap();
         let params = GenerateParams { max_new_tokens: Some(24), ..GenerateParams::default() };
-        let request = Request { prompt, images: Vec::new(), params, cancel: CancelToken::new() };
+        let request = Request::new(prompt, Vec::new(), params);
         engine.generate(request).unwrap().complete().unwrap().token_ids
     };
     let copy = Copy::new();

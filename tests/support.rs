@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
     sync::OnceLock,
 };
 
@@ -11,7 +12,7 @@ use llava_phi::{
         conversation::{Message, Part},
         template,
     },
-    engine::{Engine, EngineOptions, Request, cancel::CancelToken},
+    engine::{Engine, EngineOptions, Request},
     generate::params::GenerateParams,
     image::Rgb,
     model::{LlavaPhi, ModelOptions, selection::VariantSelection},
@@ -76,15 +77,8 @@ pub(crate) fn options(variant: &str, threads: usize) -> ModelOptions {
 pub(crate) fn question(engine: &Engine, images: &[&Drawing], text: &str) -> Request {
     let parts = (0..images.len()).map(Part::Image).chain([Part::Text(text.to_owned())]);
     let pieces = template::render(&engine.facts().template, None, &[Message::user(parts)]).unwrap();
-    Request {
-        prompt: engine.prompt(&pieces).unwrap(),
-        images: images
-            .iter()
-            .map(|image| engine.prepare_image("drawing", &image.file(), None).unwrap())
-            .collect(),
-        params: GenerateParams::default(),
-        cancel: CancelToken::new(),
-    }
+    let images = images.iter().map(|image| engine.prepare_image("drawing", &image.file(), None).unwrap());
+    Request::new(engine.prompt(&pieces).unwrap(), images.collect(), GenerateParams::default())
 }
 
 /// A picture of shapes on a plain ground, of whole numbers only: `tests/reference/tiny.py` draws the same.
@@ -182,4 +176,33 @@ pub(crate) fn distance(found: &[f32], wanted: &[f32]) -> f64 {
 pub(crate) fn highest(logits: &[f32]) -> u32 {
     let best = (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
     u32::try_from(best).unwrap()
+}
+
+/// The program without anything of the user's own around it.
+pub(crate) fn bare() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_llava-phi"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("LLAVA_PHI_") {
+            command.env_remove(name);
+        }
+    }
+    command.env_remove("ORT_DYLIB_PATH").env_remove("VIRTUAL_ENV").env("LLAVA_PHI_OFFLINE", "1");
+    command.current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+/// The same, told where ONNX Runtime is.
+pub(crate) fn program() -> Command {
+    let mut command = bare();
+    if let Some(library) = library_path() {
+        command.env("ORT_DYLIB_PATH", library);
+    }
+    command
+}
+
+/// ONNX Runtime as these tests find it.
+pub(crate) fn library_path() -> Option<&'static Path> {
+    static LIBRARY: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let find = || Runtime::start(&library(), &mut |_| {}).unwrap().library().path.clone();
+    LIBRARY.get_or_init(find).as_deref()
 }
