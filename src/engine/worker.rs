@@ -221,9 +221,16 @@ impl<M: CausalModel> Workshop<'_, M> {
         }
         self.count_step(tokens.len());
         let results = self.model.decode_each(&tokens, &mut caches.iter_mut().collect::<Vec<_>>());
-        for ((id, cache), result) in read.iter().zip(caches).zip(results) {
-            let Some(entry) = self.entries.get_mut(id) else { continue };
-            entry.cache = Some(cache);
+        // All of them first: what one result leads to may end the others, or void what they have read.
+        for (id, cache) in read.iter().zip(caches) {
+            if let Some(entry) = self.entries.get_mut(id) {
+                entry.cache = Some(cache);
+            }
+        }
+        for (id, result) in read.iter().zip(results) {
+            let Some(entry) = self.entries.get_mut(id).filter(|entry| entry.answer.is_some()) else {
+                continue;
+            };
             let after = result.and_then(|mut logits| entry.say(logits.values_mut()));
             self.after(*id, after);
         }
