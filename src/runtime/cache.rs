@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -138,13 +140,22 @@ impl Cache {
         fs::create_dir_all(&self.root).map_err(unusable)?;
         let lock =
             File::options().create(true).append(true).open(self.root.join("lock")).map_err(unusable)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => {
-                waiting();
-                lock.lock().map_err(unusable)?;
+        let mut tries = 0;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                // A child that a thread of this process is starting holds the lock too, until it runs its own program.
+                Err(fs::TryLockError::WouldBlock) if tries < 10 => {
+                    tries += 1;
+                    thread::sleep(Duration::from_millis(10));
+                }
+                Err(fs::TryLockError::WouldBlock) => {
+                    waiting();
+                    lock.lock().map_err(unusable)?;
+                    break;
+                }
+                Err(fs::TryLockError::Error(e)) => return Err(unusable(e)),
             }
-            Err(fs::TryLockError::Error(e)) => return Err(unusable(e)),
         }
         self.remove_left_overs();
         Ok(lock)

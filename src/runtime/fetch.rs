@@ -486,7 +486,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (file, pin) = wheel(dir.path(), &format!("onnxruntime/capi/{}", library_name()));
         let log = dir.path().join("calls");
-        let script = format!("echo call >> {}; sleep 0.3; cp {} \"$dest\"", log.display(), file.display());
+        let script = format!("echo call >> {}; sleep 1; cp {} \"$dest\"", log.display(), file.display());
         let options = options(dir.path(), python(dir.path(), &script));
         let waited = AtomicUsize::new(0);
         std::thread::scope(|scope| {
