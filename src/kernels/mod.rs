@@ -7,6 +7,7 @@
 
 #![cfg_attr(not(target_arch = "x86_64"), allow(unused, reason = "there are kernels for x86-64 alone"))]
 
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod matrix;
@@ -15,6 +16,9 @@ mod rounded;
 use std::fmt;
 use std::ops::Range;
 
+use attention::{Room, Seen};
+
+pub use attention::{Attention, AttentionSizes, Heads, Held, Rotation};
 pub use matrix::{Bits, Matrix};
 pub use rounded::Rounded;
 
@@ -44,6 +48,12 @@ impl fmt::Display for Kernels {
 }
 
 impl Kernels {
+    /// Which of these kernels compute the same: the instructions, and how often what they compute was changed.
+    pub fn identity(self) -> String {
+        const CHANGES: usize = 1;
+        format!("{self} {CHANGES}")
+    }
+
     /// The kernels for this processor; `None` when there are none.
     pub fn here() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
@@ -94,6 +104,23 @@ impl Kernels {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512Vnni => avx512::compute(product, way, columns),
+        }
+    }
+}
+
+impl Kernels {
+    /// `numbers` in whole registers.
+    fn whole_registers(self, numbers: usize) -> usize {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512Vnni => numbers.next_multiple_of(avx512::LANES),
+        }
+    }
+
+    fn see<T: Held>(self, seen: &Seen<'_, T>, room: &mut Room) {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512Vnni => avx512::see(seen, room),
         }
     }
 }

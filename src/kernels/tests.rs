@@ -2,7 +2,7 @@
 
 use super::*;
 
-struct Serial;
+pub(super) struct Serial;
 
 impl Parallel for Serial {
     fn for_each(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
@@ -12,7 +12,7 @@ impl Parallel for Serial {
 }
 
 /// Numbers that look random, from a seed.
-fn noise(seed: u64) -> impl FnMut() -> u64 {
+pub(super) fn noise(seed: u64) -> impl FnMut() -> u64 {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     move || {
         state ^= state << 13;
@@ -26,7 +26,7 @@ fn byte(bits: u64) -> u8 {
     bits.to_le_bytes()[3]
 }
 
-fn unit(bits: u64) -> f32 {
+pub(super) fn unit(bits: u64) -> f32 {
     u16::try_from(bits >> 48).map_or(0.0, |bits| f32::from(bits) / 32768.0 - 1.0)
 }
 

@@ -19,10 +19,10 @@ use crate::kernels::Kernels;
 use crate::machine::{Machine, Roots};
 use crate::package::manifest::{GraphSpec, KvSpec, Tolerance};
 use crate::package::{Component, FileSource, ModelPackage};
-use crate::runtime::graph::own_products;
+use crate::runtime::graph::own_nodes;
 use crate::runtime::{
-    Compiled, Graph, GraphSource, OpenError, Placement, Provider, Refusal, Runtime, SessionOptions, Step,
-    Target,
+    Compiled, Graph, GraphSource, OpenError, OwnNodes, Placement, Provider, Refusal, Runtime, SessionOptions,
+    Step, Target,
 };
 
 /// Which variant and provider serve one component, what was tried before, and what proves the choice.
@@ -62,15 +62,26 @@ pub struct OwnKernels {
     pub instructions: String,
     /// Products of few-bit weights that they compute.
     pub products: usize,
+    /// Attentions over a cache that they compute.
+    pub attentions: usize,
+    /// Kernels of the same identity compute the same.
+    #[serde(skip)]
+    pub(super) identity: String,
+}
+
+impl OwnKernels {
+    fn new(kernels: Kernels, OwnNodes { products, attentions }: OwnNodes) -> Self {
+        Self { instructions: kernels.to_string(), products, attentions, identity: kernels.identity() }
+    }
 }
 
 impl fmt::Display for OwnKernels {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} products of few-bit weights by this program's own, for {}",
-            self.products, self.instructions
-        )
+        write!(f, "{} products of few-bit weights", self.products)?;
+        if self.attentions > 0 {
+            write!(f, " and {} attentions", self.attentions)?;
+        }
+        write!(f, " by this program's own, for {}", self.instructions)
     }
 }
 
@@ -152,7 +163,7 @@ impl Loader {
         let kernels = self.options.kernels.filter(|_| candidate.target.provider == Provider::Cpu)?;
         let (spec, _) = self.package.graph(component, &candidate.variant)?;
         let source = graph_source(&self.package, spec).ok()?;
-        (own_products(&source, kernels) > 0).then_some(kernels)
+        (own_nodes(&source, kernels).products > 0).then_some(kernels)
     }
 
     /// Opens the graph of a candidate. One that is to be proved has its first runs profiled, until they are asked where
@@ -209,8 +220,7 @@ impl Loader {
             compiled = compiled.filter(|first| first.state == CompiledState::Built).or(again);
         }
         self.canceler.serve(component, graph.canceler());
-        let kernels = kernels
-            .map(|kernels| OwnKernels { instructions: kernels.to_string(), products: graph.own_products() });
+        let kernels = kernels.map(|kernels| OwnKernels::new(kernels, graph.own_nodes()));
         let proved = stamping.passed.as_ref().map(|passed| passed.self_check.clone());
         Ok(Opened { graph, kv, tolerance: variant.tolerance, compiled, kernels, proved, stamping })
     }

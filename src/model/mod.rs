@@ -793,7 +793,7 @@ fn scope(loader: &Loader, reports: [&ComponentReport; 3], decoder: &Stage<Decode
         component: report.component.name().to_owned(),
         variant: report.variant.clone(),
         provider: report.provider.to_string(),
-        kernels: report.kernels.as_ref().map(|own| own.instructions.clone()),
+        kernels: report.kernels.as_ref().map(|own| own.identity.clone()),
         options: loader.options.provider_options.get(&report.provider.provider).cloned().unwrap_or_default(),
     };
     let processor = Processor::probe(&Roots::default());

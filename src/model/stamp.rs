@@ -15,6 +15,7 @@ use super::goldens::Agreement;
 use super::measure::MeasuredAgreement;
 use crate::compiled::{CompiledCache, Entry, Found, Key, modified};
 use crate::error::Result;
+use crate::kernels::Kernels;
 use crate::package::manifest::HIDDEN_STATES;
 use crate::package::{Component, FileSource};
 use crate::runtime::Placement;
@@ -101,7 +102,7 @@ pub(super) fn key(loader: &Loader, request: &Request<'_>, variant: &str) -> Resu
         ("self-check.package", package.digest().to_owned()),
         ("self-check.variant", variant.to_owned()),
         ("self-check.threads", format!("{:?}", request.session.threads)),
-        ("self-check.kernels", request.session.kernels.map_or_else(String::new, |own| own.to_string())),
+        ("self-check.kernels", request.session.kernels.map_or_else(String::new, Kernels::identity)),
         ("self-check.prefill_chunk", format!("{:?}", options.prefill_chunk)),
     ];
     key.options.extend(own.map(|(name, value)| (name.to_owned(), value)));

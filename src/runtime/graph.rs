@@ -18,7 +18,7 @@ use crate::package::manifest::{DType, Dim, GraphSpec, TensorSpec};
 use super::Runtime;
 use super::cache_memory::CacheMemory;
 use super::compiled::{self, Compiled, Place};
-use super::few_bits;
+use super::operators::{self, OwnNodes};
 use super::placement::Profile;
 use super::provider::{Placement, Provider, Step, Target};
 use super::session::{self, refused};
@@ -81,20 +81,20 @@ impl From<Error> for OpenError {
 }
 
 /// A graph in which this program's own operator stands for ONNX Runtime's.
-struct OwnProducts {
+struct OwnGraph {
     model: Vec<u8>,
-    count: usize,
+    nodes: OwnNodes,
     kernels: Kernels,
     /// Where the weights are, unless in memory.
     folder: Option<String>,
 }
 
-/// Products in `source` that this program's own kernels would compute; none where it cannot be read.
-pub fn own_products(source: &GraphSource, kernels: Kernels) -> usize {
-    OwnProducts::new(source, kernels).map_or(0, |own| own.count)
+/// What this program's own kernels would compute in `source`; nothing where it cannot be read.
+pub fn own_nodes(source: &GraphSource, kernels: Kernels) -> OwnNodes {
+    OwnGraph::new(source, kernels).map_or_else(OwnNodes::default, |own| own.nodes)
 }
 
-impl OwnProducts {
+impl OwnGraph {
     /// `None` when the graph has no product for the kernels, or lies where ONNX Runtime could not be told to look for its
     /// weights; what cannot be read is left for ONNX Runtime to refuse.
     fn new(source: &GraphSource, kernels: Kernels) -> Option<Self> {
@@ -102,18 +102,18 @@ impl OwnProducts {
             GraphSource::File(path) => {
                 let folder = path.parent()?.to_str()?;
                 let folder = if folder.is_empty() { "." } else { folder };
-                (few_bits::replace(&std::fs::read(path).ok()?), Some(folder.to_owned()))
+                (operators::replace(&std::fs::read(path).ok()?), Some(folder.to_owned()))
             }
-            GraphSource::Memory { graph, .. } => (few_bits::replace(graph), None),
+            GraphSource::Memory { graph, .. } => (operators::replace(graph), None),
         };
-        let (model, count) = changed?;
-        Some(Self { model, count, kernels, folder })
+        let (model, nodes) = changed?;
+        Some(Self { model, nodes, kernels, folder })
     }
 
     fn commit(self, builder: SessionBuilder) -> ort::Result<Session> {
-        let mut builder = builder.with_operators(few_bits::domain(self.kernels)?)?;
+        let mut builder = builder.with_operators(operators::domain(self.kernels)?)?;
         if let Some(folder) = &self.folder {
-            builder = builder.with_config_entry(few_bits::WEIGHTS_FOLDER, folder)?;
+            builder = builder.with_config_entry(operators::WEIGHTS_FOLDER, folder)?;
         }
         builder.commit_from_memory(&self.model)
     }
@@ -129,7 +129,7 @@ pub struct Graph {
     output_memory: MemoryInfo<'static>,
     cache_memory: CacheMemory,
     canceler: Canceler,
-    own_products: usize,
+    own_nodes: OwnNodes,
     // After the session, which may still write there when it ends.
     _place: Place,
 }
@@ -158,8 +158,8 @@ impl Graph {
         let mut builder =
             session::builder(runtime, name, source, spec, options, &place, profile.prefix().as_deref())?;
         let own = options.kernels.filter(|_| provider == Provider::Cpu);
-        let own = own.and_then(|kernels| OwnProducts::new(source, kernels));
-        let own_products = own.as_ref().map_or(0, |own| own.count);
+        let own = own.and_then(|kernels| OwnGraph::new(source, kernels));
+        let own_nodes = own.as_ref().map_or_else(OwnNodes::default, |own| own.nodes);
         let (committed, why) = match (source, own) {
             (_, Some(own)) => (
                 own.commit(builder),
@@ -205,7 +205,7 @@ impl Graph {
             output_memory,
             cache_memory,
             canceler,
-            own_products,
+            own_nodes,
             _place: place,
         })
     }
@@ -274,9 +274,9 @@ impl Graph {
         self.spec.inputs.get(input).map_or(DType::F32, |spec| spec.dtype)
     }
 
-    /// Products of few-bit weights that this program's own kernels compute.
-    pub fn own_products(&self) -> usize {
-        self.own_products
+    /// What this program's own kernels compute.
+    pub fn own_nodes(&self) -> OwnNodes {
+        self.own_nodes
     }
 
     /// Runs the graph. `inputs` names every input once, in any order.

@@ -1,8 +1,10 @@
 //! For x86-64 with AVX-512 VNNI, whose one instruction multiplies 64 bytes and sums them by fours.
 
+mod attention;
 mod dots;
 mod panels;
 mod quads;
+mod transpose;
 
 use std::ops::Range;
 
@@ -10,8 +12,10 @@ use super::matrix::{Bits, Matrix};
 use super::rounded::GROUP;
 use super::{Plan, Product, Way};
 
+pub(super) use attention::see;
+
 /// Dwords of a register.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 /// Rows of weights that one unit of work takes where they are not unpacked.
 const WORK: usize = 64;
 /// Rows of activations up to which weights are not unpacked: unpacking would cost more than it saves.

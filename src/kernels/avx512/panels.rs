@@ -7,9 +7,8 @@
 use std::arch::x86_64::{
     __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32,
     _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_maskz_loadu_epi32, _mm512_mul_ps,
-    _mm512_mullo_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4,
-    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    _mm512_mullo_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_srli_epi32,
+    _mm512_storeu_ps, _mm512_storeu_si512,
 };
 use std::cell::RefCell;
 use std::ops::Range;
@@ -18,6 +17,7 @@ use super::super::Product;
 use super::super::matrix::{Bits, Matrix};
 use super::super::rounded::{GROUP, Rounded};
 use super::LANES;
+use super::transpose::transpose;
 
 /// Rows of weights in a panel.
 pub(super) const PANEL: usize = 32;
@@ -143,33 +143,6 @@ fn store(to: &mut [u32], at: usize, lanes: __m512i) {
     let to = &mut to[at..][..LANES];
     // SAFETY: there is room for all lanes.
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), lanes) };
-}
-
-/// Turns 16 rows of dwords into columns.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn transpose(rows: &mut [__m512i; LANES]) {
-    let mut pairs = *rows;
-    for i in (0..LANES).step_by(2) {
-        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    let mut fours = pairs;
-    for i in (0..LANES).step_by(4) {
-        fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-        fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-        fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-        fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-    }
-    let mut eights = fours;
-    for i in [0, 1, 2, 3, 8, 9, 10, 11] {
-        eights[i] = _mm512_shuffle_i32x4::<0x88>(fours[i], fours[i + 4]);
-        eights[i + 4] = _mm512_shuffle_i32x4::<0xdd>(fours[i], fours[i + 4]);
-    }
-    for i in 0..8 {
-        rows[i] = _mm512_shuffle_i32x4::<0x88>(eights[i], eights[i + 8]);
-        rows[i + 8] = _mm512_shuffle_i32x4::<0xdd>(eights[i], eights[i + 8]);
-    }
 }
 
 /// Four bytes as one number, wherever they lie.
