@@ -5,9 +5,9 @@
 )]
 
 use std::arch::x86_64::{
-    __m512i, _MM_HINT_T0, _mm_load_ss, _mm_loadu_si128, _mm_prefetch, _mm_storeu_ps, _mm512_add_ps,
-    _mm512_and_si512, _mm512_broadcast_i32x4, _mm512_castps512_ps128, _mm512_cvtepi32_ps,
-    _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mask_broadcastss_ps,
+    __m512i, _MM_HINT_T0, _mm_load_ss, _mm_loadu_si128, _mm_prefetch, _mm_storeu_ps, _mm256_loadu_si256,
+    _mm512_add_ps, _mm512_and_si512, _mm512_broadcast_i32x4, _mm512_castps512_ps128, _mm512_castsi256_si512,
+    _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_inserti64x4, _mm512_mask_broadcastss_ps,
     _mm512_maskz_compress_ps, _mm512_maskz_set1_epi32, _mm512_mul_ps, _mm512_permute_ps, _mm512_set1_epi8,
     _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_srli_epi16,
 };
@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use super::super::Product;
 use super::super::matrix::{Bits, Matrix};
-use super::super::rounded::Rounded;
+use super::super::rounded::{GROUP, Rounded};
 use super::width;
 
 /// Rows of weights that share a register.
@@ -24,6 +24,8 @@ const QUAD: usize = 4;
 pub(super) const TILE: usize = 8;
 /// Bytes of a row of weights in a register.
 pub(super) const UNIT: usize = 16;
+/// Bytes of a row of weights that are loaded at once.
+const HALF: usize = 2 * UNIT;
 
 /// Whether all weights of a register are of one block, zero is the same in all blocks, and rows come in fours.
 pub(super) fn fit(weights: &Matrix<'_>) -> bool {
@@ -80,23 +82,23 @@ fn quad<const ROWS: usize, const FOUR: bool>(product: &Product<'_>, row: usize, 
             for (i, dot) in dots.iter_mut().enumerate() {
                 *dot = _mm512_maskz_set1_epi32(0x1111, *offsets.add(b * tile + i));
             }
-            for group in b * groups..(b + 1) * groups {
-                let mut held = [_mm512_setzero_si512(); QUAD];
-                for c in 0..QUAD {
-                    let from = packed[c].add(group * 64);
-                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(QUAD * bytes).cast());
-                    held[c] = _mm512_loadu_si512(from.cast());
+            for half in 2 * b * groups..2 * (b + 1) * groups {
+                if half.is_multiple_of(2) {
+                    for from in packed {
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(half * HALF + QUAD * bytes).cast());
+                    }
                 }
-                for (part, held) in parts(held).into_iter().enumerate() {
+                let at = if FOUR { half / 2 * GROUP + half % 2 * HALF } else { half * HALF };
+                for (part, held) in parts(packed.map(|from| from.add(half * HALF))).into_iter().enumerate() {
                     let even = if FOUR { _mm512_and_si512(held, mask) } else { held };
                     let odd = _mm512_and_si512(_mm512_srli_epi16::<4>(held), mask);
-                    let from = values.add((group * width + part * UNIT) * tile);
+                    let from = values.add((at + part * UNIT) * tile);
                     for (i, dot) in dots.iter_mut().enumerate() {
                         let units = _mm512_broadcast_i32x4(_mm_loadu_si128(from.add(i * UNIT).cast()));
                         *dot = _mm512_dpbusd_epi32(*dot, even, units);
                     }
                     if FOUR {
-                        let from = from.add(64 * tile);
+                        let from = from.add(GROUP / 2 * tile);
                         for (i, dot) in dots.iter_mut().enumerate() {
                             let units = _mm512_broadcast_i32x4(_mm_loadu_si128(from.add(i * UNIT).cast()));
                             *dot = _mm512_dpbusd_epi32(*dot, odd, units);
@@ -132,18 +134,16 @@ fn quad<const ROWS: usize, const FOUR: bool>(product: &Product<'_>, row: usize, 
     }
 }
 
-/// Turns registers of four rows into registers of 16 bytes of each.
+/// The next two registers, of [`UNIT`] bytes of each row.
+///
+/// # Safety
+/// [`HALF`] bytes must be readable of each.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn parts(rows: [__m512i; QUAD]) -> [__m512i; QUAD] {
-    let low =
-        [_mm512_shuffle_i32x4::<0x44>(rows[0], rows[1]), _mm512_shuffle_i32x4::<0x44>(rows[2], rows[3])];
-    let high =
-        [_mm512_shuffle_i32x4::<0xee>(rows[0], rows[1]), _mm512_shuffle_i32x4::<0xee>(rows[2], rows[3])];
-    [
-        _mm512_shuffle_i32x4::<0x88>(low[0], low[1]),
-        _mm512_shuffle_i32x4::<0xdd>(low[0], low[1]),
-        _mm512_shuffle_i32x4::<0x88>(high[0], high[1]),
-        _mm512_shuffle_i32x4::<0xdd>(high[0], high[1]),
-    ]
+unsafe fn parts(rows: [*const u8; QUAD]) -> [__m512i; 2] {
+    // SAFETY: as this function says.
+    let [a, b, c, d] = rows.map(|row| unsafe { _mm256_loadu_si256(row.cast()) });
+    let low = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b);
+    let high = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(c), d);
+    [_mm512_shuffle_i32x4::<0x88>(low, high), _mm512_shuffle_i32x4::<0xdd>(low, high)]
 }
