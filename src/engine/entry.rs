@@ -177,9 +177,9 @@ impl<M: CausalModel> Entry<M> {
             return self.say(logits.values_mut());
         };
         let room = (cache, self.usage.prompt_tokens);
-        let decision = request.cancel.during(model.canceler(), || {
-            choices::decide(model, facts, request, room, (texts, logits))
-        })?;
+        let decision = request
+            .cancel
+            .during(model.canceler(), || choices::decide(model, facts, request, room, (texts, logits)))?;
         self.settle(decision)
     }
 

@@ -206,10 +206,10 @@ impl Asked {
             max_tokens: self.max_output_tokens,
             temperature: self.temperature,
             top_p: self.top_p,
-            logprobs: self.wants_logprobs().then(|| self.top_logprobs.unwrap_or_default()),
             ..Choosing::default()
         };
-        let params = choosing.params(limits)?;
+        let logprobs = self.wants_logprobs().then(|| self.top_logprobs.unwrap_or_default());
+        let params = choosing.params(logprobs, limits)?;
         let form = self.text.unwrap_or_default().format.spec()?.map(|spec| ("text.format", spec));
         let chat = Conversation::new(self.input.into_messages()?, limits).map_err(of_input)?;
         let chat = chat.instructed(self.instructions.as_deref(), limits)?;
