@@ -169,7 +169,9 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 
 /// Starts the log on standard error.
 fn log(command: &Command) {
-    let filter = EnvFilter::try_from_env("LLAVA_PHI_LOG").unwrap_or_else(|_| EnvFilter::new(command.log()));
+    let asked = config::environment("LLAVA_PHI_LOG").filter(|filter| !filter.is_empty());
+    let asked = asked.and_then(|filter| EnvFilter::try_new(filter.to_str()?).ok());
+    let filter = asked.unwrap_or_else(|| EnvFilter::new(command.log()));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     let log = log.with_ansi(io::stderr().is_terminal());
     match command.log_format() {

@@ -164,12 +164,41 @@ fn settings_are_shown_with_their_origins_and_can_be_given_again() {
     assert_eq!(values(&show(again.to_str().unwrap(), &[], &[])), values(&shown));
 }
 
+#[test]
+fn a_variable_that_is_empty_is_as_if_it_were_not_there() {
+    let help = cli::end(cli::program().args(["serve", "--help"])).out;
+    let names: BTreeSet<&str> = help
+        .split("[env: ")
+        .skip(1)
+        .filter_map(|rest| rest.split(['=', ']']).next())
+        .chain(["LLAVA_PHI_LOG", "LLAVA_PHI_CACHE", "LLAVA_PHI_OFFLINE", "LLAVA_PHI_RUNTIME_LIBRARY"])
+        .collect();
+    assert!(names.contains("LLAVA_PHI_SERVE_PORT") && names.contains("LLAVA_PHI_CONFIG"), "{names:?}");
+    for command in [&["serve", "--print-config"][..], &["inspect"], &["completions", "bash"]] {
+        let run = |value: Option<&str>| {
+            let mut program = cli::program();
+            for name in &names {
+                match value {
+                    Some(value) => program.env(name, value),
+                    None => program.env_remove(name),
+                };
+            }
+            cli::end(program.args(command))
+        };
+        let (without, empty) = (run(None), run(Some("")));
+        assert_eq!((empty.code, &empty.err), (Some(0), &without.err), "{command:?}");
+        assert_eq!(empty.out, without.out, "{command:?}");
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn each_line_of_the_log_is_an_object_where_that_is_asked_for() {
     let mut command = support::program();
     command.args(["serve", "--port", "0", "--log-format", "json"]);
     command.env("LLAVA_PHI_CACHE", concat!(env!("CARGO_TARGET_TMPDIR"), "/no-cache"));
+    // As if it were not there: requests are logged.
+    command.env("LLAVA_PHI_LOG", "");
     let mut child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut said = BufReader::new(child.stderr.take().unwrap());
     let mut line = || {
