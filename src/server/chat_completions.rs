@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::choosing::{self, Choosing};
 use super::common::Common;
-use super::error::{Answer, ApiError};
+use super::error::{Answer, ApiError, LENGTH};
 use super::generation::Generation;
 use super::json::{Body, Parts};
 use super::limits::ServerLimits;
@@ -83,10 +83,13 @@ pub(super) async fn answer(
     let Parts(own, common, choosing) = asked;
     let model = state.models()?.get(&common.model)?;
     let stream = common.stream()?;
-    let mut question = own.read(common, choosing, &state.options().limits)?;
+    let length = if choosing.max_tokens.is_some() { LENGTH } else { "max_completion_tokens" };
+    let named = move |error: ApiError| error.renamed(LENGTH, length);
+    let mut question = own.read(common, choosing, &state.options().limits).map_err(named)?;
     question.gather(&state, &entry).await?;
     let (each, logprobs) = (question.count, question.params.logprobs.is_some());
-    let generation = Generation::start(&state, &model, entry, move |model| question.requests(model)).await?;
+    let generation = Generation::start(&state, &model, entry, move |model| question.requests(model)).await;
+    let generation = generation.map_err(named)?;
     Reply::new::<Chat>(&state, &model, each, logprobs).send::<Chat>(generation, stream).await
 }
 
@@ -135,6 +138,7 @@ impl Question {
     /// Decodes the images and encodes the text, once for all answers.
     pub(super) fn requests(self, model: &Model) -> Answer<Vec<Request>> {
         let Self { chat, pictures, mut params, count, form, priority } = self;
+        choosing::check(&params, model)?;
         let engine = &model.engine;
         let image = |(number, picture): (usize, &Picture)| {
             let bytes = picture.bytes(number)?;

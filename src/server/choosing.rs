@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::error::{Answer, ApiError};
 use super::limits::ServerLimits;
+use super::models::Model;
 use super::texts::Texts;
 use crate::error::Error;
 use crate::generate::params::{GenerateParams, Sampling};
@@ -97,6 +98,14 @@ impl Choosing {
         }
         named("temperature", of(self.temperature, top_p, self.top_k, min_p))
     }
+}
+
+/// Refuses what only `model` can tell to be wrong, as the engine would, with the name that the parameter has here.
+///
+/// # Errors
+/// For a bias of what is no token.
+pub(super) fn check(params: &GenerateParams, model: &Model) -> Answer<()> {
+    named("logit_bias", params.validate_for(model.engine.facts().tokenizer.vocabulary()))
 }
 
 /// Refuses what the engine would, with the name that the parameter has here.

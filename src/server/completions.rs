@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::choosing::{self, Choosing};
 use super::common::Common;
-use super::error::{Answer, ApiError};
+use super::error::{Answer, ApiError, CHAT};
 use super::generation::Generation;
 use super::json::{Body, Parts};
 use super::limits::ServerLimits;
@@ -64,7 +64,8 @@ pub(super) async fn answer(
     let stream = common.stream()?;
     let texted = own.read(common, choosing, &state.options().limits)?;
     let (each, logprobs) = (texted.each, texted.params.logprobs.is_some());
-    let generation = Generation::start(&state, &model, entry, move |model| texted.requests(model)).await?;
+    let generation = Generation::start(&state, &model, entry, move |model| texted.requests(model)).await;
+    let generation = generation.map_err(|error| error.renamed(CHAT, "prompt"))?;
     Reply::new::<Text>(&state, &model, each, logprobs).send::<Text>(generation, stream).await
 }
 
@@ -93,6 +94,7 @@ impl Own {
 impl Texted {
     fn requests(self, model: &Model) -> Answer<Vec<Request>> {
         let Self { prompts, mut params, each, form, priority } = self;
+        choosing::check(&params, model)?;
         let engine = &model.engine;
         params.constraint = response_format::compiled(model, form)?;
         let mut requests = Vec::new();

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::chat_completions::Question;
 use super::choosing::Choosing;
-use super::error::{Answer, ApiError};
+use super::error::{Answer, ApiError, CHAT, LENGTH};
 use super::generation::Generation;
 use super::json::Body;
 use super::limits::ServerLimits;
@@ -159,8 +159,8 @@ pub(super) async fn answer(
     let reply = Reply::new(&state, &model, &asked);
     let mut question = asked.read(&state.options().limits)?;
     question.gather(&state, &entry).await.map_err(of_input)?;
-    let prepare = move |model: &Model| question.requests(model).map_err(of_input);
-    let generation = Generation::start(&state, &model, entry, prepare).await?;
+    let prepare = move |model: &Model| question.requests(model);
+    let generation = Generation::start(&state, &model, entry, prepare).await.map_err(of_input)?;
     if stream {
         return Ok(sse::response(generation, Streamed::new(reply)));
     }
@@ -217,7 +217,7 @@ impl Asked {
     }
 }
 
-/// A fault of the chat, which this endpoint calls `input`.
+/// A fault by the names of this endpoint.
 fn of_input(error: ApiError) -> ApiError {
-    error.renamed("messages", "input")
+    error.renamed(CHAT, "input").renamed(LENGTH, "max_output_tokens")
 }
