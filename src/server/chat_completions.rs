@@ -81,7 +81,7 @@ pub(super) async fn answer(
     Body(asked): Body<Asked>,
 ) -> Answer<Response> {
     let Parts(own, common, choosing) = asked;
-    let model = state.models()?.get(&common.model)?;
+    let model = state.models()?.get(common.model.as_deref())?;
     let stream = common.stream()?;
     let length = if choosing.max_tokens.is_some() { LENGTH } else { "max_completion_tokens" };
     let named = move |error: ApiError| error.renamed(LENGTH, length);

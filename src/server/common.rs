@@ -14,8 +14,8 @@ use crate::generate::constraint::ConstraintSpec;
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Common {
-    /// The model's name, as `/v1/models` lists it.
-    pub(super) model: String,
+    /// The model's name, as `/v1/models` lists it; may be left out where one is served and not a directory of them.
+    pub(super) model: Option<String>,
     /// Send the answer as server-sent events while it is made.
     stream: bool,
     /// How it is sent.

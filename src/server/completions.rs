@@ -60,7 +60,7 @@ pub(super) async fn answer(
     Body(asked): Body<Asked>,
 ) -> Answer<Response> {
     let Parts(own, common, choosing) = asked;
-    let model = state.models()?.get(&common.model)?;
+    let model = state.models()?.get(common.model.as_deref())?;
     let stream = common.stream()?;
     let texted = own.read(common, choosing, &state.options().limits)?;
     let (each, logprobs) = (texted.each, texted.params.logprobs.is_some());

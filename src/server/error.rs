@@ -123,6 +123,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, message).about("model").coded("model_not_found")
     }
 
+    /// No model is named, and which of `names` is meant cannot be known.
+    pub(super) fn unnamed_model(names: &[&str]) -> Self {
+        let message = format!("the request names no model; give as model one of {}", names.join(", "));
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).about("model").coded("model_not_found")
+    }
+
     /// Too many requests at once.
     pub(super) fn busy(message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);

@@ -53,6 +53,10 @@ fn ask(server: &Server, model: &str) -> Response {
     server.chat(&asking(json!({"model": model})))
 }
 
+fn ask_unnamed(server: &Server) -> Response {
+    server.chat(&asking(json!({"model": null})))
+}
+
 fn answered(response: &Response) {
     assert_eq!(response.status, 200, "{response:?}");
     assert_eq!(response.json()["choices"][0]["message"]["content"], "a red triangle");
@@ -97,6 +101,8 @@ fn models_are_listed_unopened_and_opened_when_they_are_asked_for() {
     assert_eq!(server.get("/v1/models/two").json()["id"], "two");
     assert_eq!(server.get("/v1/models/none").status, 404);
     assert_eq!(ask(&server, "none").status, 404);
+    let unnamed = ask_unnamed(&server).refused(404, "model_not_found", Some("model"));
+    assert!(unnamed.contains("broken, one, two"), "{unnamed}");
     let metrics = server.get("/metrics").body;
     assert!(metrics.contains("model=\"one\"") && metrics.contains("model=\"two\""), "{metrics}");
 }

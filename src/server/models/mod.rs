@@ -66,10 +66,16 @@ impl Models {
         Ok(models)
     }
 
-    /// The model that requests call `name`, open or not.
-    pub(super) fn get(&self, name: &str) -> Answer<Offered> {
-        let index = self.0.position(name).ok_or_else(|| ApiError::no_model(name))?;
-        Ok(Offered { name: name.to_owned(), registry: Arc::clone(&self.0), index })
+    /// The model that requests call `name`, open or not; without a name the one that stays.
+    ///
+    /// # Errors
+    /// When there is no such model, or none is named and those of a directory are served.
+    pub(super) fn get(&self, name: Option<&str>) -> Answer<Offered> {
+        let index = match name {
+            Some(name) => self.0.position(name).ok_or_else(|| ApiError::no_model(name))?,
+            None => self.0.only().ok_or_else(|| ApiError::unnamed_model(&self.0.names()))?,
+        };
+        Ok(Offered { name: self.0.name(index).to_owned(), registry: Arc::clone(&self.0), index })
     }
 
     /// All models that are open, as metrics show them.

@@ -113,6 +113,21 @@ impl Registry {
         self.offers.iter().position(|offer| offer.name == name)
     }
 
+    /// The place of the model that is served alone and stays.
+    pub(super) fn only(&self) -> Option<usize> {
+        (self.directory.is_none() && self.offers.len() == 1).then_some(0)
+    }
+
+    /// What requests call the model at `index`.
+    pub(super) fn name(&self, index: usize) -> &str {
+        &self.offers[index].name
+    }
+
+    /// What requests call the models.
+    pub(super) fn names(&self) -> Vec<&str> {
+        self.offers.iter().map(|offer| &offer.name[..]).collect()
+    }
+
     /// Shows every model and how it is. No model is borrowed meanwhile.
     pub(super) fn each(&self, mut show: impl FnMut(&Offer, Condition<'_>)) {
         let places = self.places();

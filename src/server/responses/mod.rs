@@ -34,8 +34,8 @@ use reply::Reply;
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Asked {
-    /// The model's name, as `/v1/models` lists it.
-    model: String,
+    /// The model's name, as `/v1/models` lists it; may be left out where one is served and not a directory of them.
+    model: Option<String>,
     /// The question, or the chat so far.
     input: Input,
     /// What holds for the whole chat, before what `input` says of that; it takes the place of the model's own.
@@ -153,7 +153,7 @@ pub(super) async fn answer(
     entry: Entry,
     Body(asked): Body<Asked>,
 ) -> Answer<Response> {
-    let model = state.models()?.get(&asked.model)?;
+    let model = state.models()?.get(asked.model.as_deref())?;
     asked.check()?;
     let stream = asked.stream;
     let reply = Reply::new(&state, &model, &asked);
