@@ -170,6 +170,17 @@ fn a_broken_package_tells_why_and_is_tried_again() {
     answered(&ask(&server, "one"));
     fs::copy(Path::new(TINY).join("manifest.json"), directory.path().join("broken/manifest.json")).unwrap();
     until("the mended model", || ask(&server, "broken").status == 200);
+    let metrics = server.get("/metrics").body;
+    for line in [
+        "llava_phi_models_loaded 1\n",
+        "llava_phi_model_loads_total{model=\"broken\",result=\"failed\"} 1\n",
+        "llava_phi_model_loads_total{model=\"broken\",result=\"loaded\"} 1\n",
+        "llava_phi_model_loads_total{model=\"one\",result=\"loaded\"} 1\n",
+        "llava_phi_model_loads_total{model=\"two\",result=\"loaded\"} 0\n",
+        "llava_phi_model_unloads_total{model=\"one\"} 1\n",
+    ] {
+        assert!(metrics.contains(line), "{line:?} is not in {metrics}");
+    }
 }
 
 #[test]

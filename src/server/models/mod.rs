@@ -8,7 +8,7 @@ mod registry;
 use std::sync::Arc;
 
 use super::error::{Answer, ApiError};
-use super::metrics::Served;
+use super::metrics::{Seen, Served};
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::package::Component;
@@ -16,7 +16,7 @@ use crate::package::manifest::Fit;
 use registry::Registry;
 
 pub use directory::ModelsDirectory;
-pub(super) use registry::Condition;
+pub(super) use registry::{Condition, Tally};
 
 /// A model that answers.
 #[derive(Clone, Debug)]
@@ -78,8 +78,12 @@ impl Models {
         Ok(Offered { name: self.0.name(index).to_owned(), registry: Arc::clone(&self.0), index })
     }
 
-    /// All models that are open, as metrics show them.
-    pub(super) fn served(&self) -> Vec<Served> {
+    /// How often each model came and went, and those that are open, as metrics show them.
+    pub(super) fn seen(&self) -> Seen {
+        Seen { served: self.served(), tallies: self.0.tallies() }
+    }
+
+    fn served(&self) -> Vec<Served> {
         let mut served = Vec::new();
         self.0.each(|_, condition| {
             if let Condition::Ready(model) = condition {

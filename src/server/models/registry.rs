@@ -38,6 +38,20 @@ struct Place {
     waiting: usize,
     /// The count of uses when it was last borrowed.
     used: u64,
+    tally: Tally,
+}
+
+/// How often a model came and went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::server) struct Tally {
+    /// It was opened.
+    pub(in crate::server) loaded: u64,
+    /// It could not be opened.
+    pub(in crate::server) failed: u64,
+    /// There was no room for it.
+    pub(in crate::server) no_room: u64,
+    /// It was closed for another.
+    pub(in crate::server) unloaded: u64,
 }
 
 impl Place {
@@ -94,12 +108,13 @@ impl Registry {
         let facts = model.engine.facts();
         let positions = Some((facts.context, facts.tokens_per_image));
         let offer = Offer { name: model.name.clone(), created: model.created, positions };
-        let places = vec![Place { state: State::Ready(Arc::new(model), 0), waiting: 0, used: 0 }];
+        let tally = Tally { loaded: 1, ..Tally::default() };
+        let places = vec![Place { state: State::Ready(Arc::new(model), 0), waiting: 0, used: 0, tally }];
         Self { places: Mutex::new(places), ..Self::new(vec![offer], None) }
     }
 
     pub(super) fn new(offers: Vec<Offer>, directory: Option<ModelsDirectory>) -> Self {
-        let place = || Place { state: State::Unloaded, waiting: 0, used: 0 };
+        let place = || Place { state: State::Unloaded, waiting: 0, used: 0, tally: Tally::default() };
         let places = Mutex::new(offers.iter().map(|_| place()).collect());
         let (uses, closed) = (AtomicU64::new(1), watch::Sender::new(false));
         Self { offers, directory, places, uses, closed, turn: Arc::default() }
@@ -140,6 +155,16 @@ impl Registry {
             };
             show(offer, condition);
         }
+    }
+
+    /// How often each model came and went, by its name.
+    pub(super) fn tallies(&self) -> Vec<(String, Tally)> {
+        let places = self.places();
+        self.offers
+            .iter()
+            .zip(places.iter())
+            .map(|(offer, place)| (offer.name.clone(), place.tally))
+            .collect()
     }
 
     pub(super) fn close(&self) {
@@ -291,13 +316,21 @@ impl Registry {
         });
         let place = idle.min_by_key(|place| place.used)?;
         match mem::replace(&mut place.state, State::Unloaded) {
-            State::Ready(model, _) => Some(model),
+            State::Ready(model, _) => {
+                place.tally.unloaded += 1;
+                Some(model)
+            }
             _ => None,
         }
     }
 
     /// Remembers how opening a model went.
     fn settle(&self, index: usize, opened: Result<(Model, u64), Refused>) -> Result<(), Refused> {
+        let count: fn(&mut Tally) -> &mut u64 = match &opened {
+            Ok(_) => |tally| &mut tally.loaded,
+            Err(Refused::Busy(_)) => |tally| &mut tally.no_room,
+            Err(Refused::Failed(_)) => |tally| &mut tally.failed,
+        };
         let (state, result) = match opened {
             Ok((model, held)) => (State::Ready(Arc::new(model), held), Ok(())),
             Err(Refused::Busy(reason)) => (State::Unloaded, Err(Refused::Busy(reason))),
@@ -311,6 +344,7 @@ impl Registry {
         let mut places = self.places();
         places[index].used = self.uses.fetch_add(1, Ordering::Relaxed);
         places[index].state = state;
+        *count(&mut places[index].tally) += 1;
         result
     }
 
