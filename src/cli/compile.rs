@@ -114,7 +114,7 @@ impl Arguments {
             variants: self.variant.clone().unwrap_or_default(),
             providers: self.provider.clone().unwrap_or_default(),
             compiled: Some(Arc::new(cache)),
-            notices: Some(context::notices()),
+            notices: Some(context.notices()),
             packed_weights,
             ..session
         })

@@ -4,16 +4,17 @@ use std::{
     collections::BTreeMap,
     env,
     ffi::OsString,
-    io::{self, Write as _},
+    io,
     num::NonZeroUsize,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     thread,
 };
 
 use clap::ValueEnum;
 
 use super::form::FormArguments;
+use super::say::LogFormat;
 use super::session::{SessionArguments, parse_size};
 
 use crate::chat::conversation::{Message, Part};
@@ -66,9 +67,50 @@ pub(super) struct Context {
     #[arg(long, global = true, value_name = "SIZE", env = "LLAVA_PHI_SNAPSHOT_LIMIT")]
     #[arg(value_parser = parse_size, default_value = "4GB")]
     snapshot_limit: u64,
+
+    /// What is said on standard error looks like this.
+    #[arg(skip)]
+    format: LogFormat,
+
+    /// Whether nothing can be written to the cache, once that was looked at.
+    #[arg(skip)]
+    closed: OnceLock<bool>,
 }
 
 impl Context {
+    /// Says on standard error what there is to say as `format` has it.
+    pub(super) fn speak(&mut self, format: LogFormat) {
+        self.format = format;
+    }
+
+    /// How things are said on standard error.
+    pub(super) fn format(&self) -> LogFormat {
+        self.format
+    }
+
+    /// Tells on standard error what takes long.
+    pub(super) fn notices(&self) -> NoticeSink {
+        let format = self.format;
+        NoticeSink::new(move |notice| format.say(notice))
+    }
+
+    /// Says once where nothing can be kept between runs; such a place is then used only for what is there already.
+    pub(super) fn check_cache(&self) {
+        self.closed.get_or_init(|| {
+            let written = self.cache_dir().map_or(Ok(()), |dir| crate::disk::check_writable(&dir));
+            if let Err(error) = &written {
+                self.format
+                    .say(format_args!("notice: nothing is kept for later runs: {error} (--cache-dir)"));
+            }
+            written.is_err()
+        });
+    }
+
+    /// Whether `dir`, which lies in the cache, is of use: it can be written, or there is something to be found.
+    fn is_of_use(&self, dir: &Path) -> bool {
+        !self.closed.get().copied().unwrap_or_default() || dir.is_dir()
+    }
+
     /// Where ONNX Runtime is looked for.
     pub(super) fn library(&self) -> LibraryOptions {
         let defaults = LibraryOptions::default();
@@ -95,12 +137,13 @@ impl Context {
 
     /// What keeps compiled graphs, where there is a place for it.
     pub(super) fn compiled_cache(&self) -> Option<Arc<CompiledCache>> {
-        self.compiled_dir().map(|dir| CompiledCache::at(&dir, self.cache_limit).into())
+        let dir = self.compiled_dir().filter(|dir| self.is_of_use(dir))?;
+        Some(CompiledCache::at(&dir, self.cache_limit).into())
     }
 
     /// Snapshots of prompts, where a directory was given for them.
     pub(super) fn snapshots(&self) -> Option<PrefixDirectory> {
-        let dir = self.cache_dir.as_ref()?.join("prefixes");
+        let dir = Some(self.cache_dir.as_ref()?.join("prefixes")).filter(|dir| self.is_of_use(dir))?;
         Some(PrefixDirectory::at(&dir, self.snapshot_limit))
     }
 
@@ -111,7 +154,7 @@ impl Context {
 
     /// Starts ONNX Runtime, with a notice when it has to be fetched.
     pub(super) fn start_runtime(&self) -> Result<&'static Runtime> {
-        Runtime::start(&self.library(), &mut super::runtime::progress())
+        Runtime::start(&self.library(), &mut super::runtime::progress(self.format))
     }
 
     /// Which ONNX Runtime would be used, without fetching one.
@@ -197,14 +240,6 @@ pub(super) fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
     }
 }
 
-/// Tells on standard error what takes long.
-pub(super) fn notices() -> NoticeSink {
-    NoticeSink::new(|notice| {
-        // Standard error may be closed; there is nowhere else to say so.
-        let _ = writeln!(io::stderr(), "{notice}");
-    })
-}
-
 /// When goldens are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Check {
@@ -258,8 +293,7 @@ impl ModelArguments {
         let options = EngineOptions { library: context.library(), model, limits: self.limits(), queue };
         let engine = Engine::open(package, &options)?;
         if let Some(report) = &engine.facts().visual_tokens {
-            // Standard error may be closed; there is nowhere else to say so.
-            let _ = writeln!(io::stderr(), "notice: {report}");
+            context.format.say(format_args!("notice: {report}"));
         }
         Ok(engine)
     }
@@ -281,11 +315,9 @@ impl ModelArguments {
             Found::Decision(decision) => Some(decision.into()),
             Found::Absent => None,
             Found::Ignored(reason) => {
-                // Standard error may be closed; there is nowhere else to say so.
-                let _ = writeln!(
-                    io::stderr(),
+                context.format.say(format_args!(
                     "notice: {reason}; llava-phi tune decides anew, --no-tuned says nothing of it"
-                );
+                ));
                 None
             }
         }
@@ -315,7 +347,7 @@ impl ModelArguments {
                 memory: self.prefix_cache,
                 directory: context.snapshots().filter(|snapshots| snapshots.limit() > 0).map(Arc::new),
             },
-            notices: Some(notices()),
+            notices: Some(context.notices()),
             ..session
         })
     }

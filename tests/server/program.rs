@@ -221,3 +221,52 @@ fn each_line_of_the_log_is_an_object_where_that_is_asked_for() {
         assert!(!request.to_string().contains(secret), "{request}");
     }
 }
+
+#[test]
+fn a_cache_that_cannot_be_written_is_told_of_once_and_every_line_is_an_object() {
+    let directory = TempDir::new().unwrap();
+    fs::write(directory.path().join("file"), "").unwrap();
+    let cache = directory.path().join("file/cache");
+    let mut command = support::program();
+    command.args(["serve", "--port", "0", "--visual-tokens", "16", "--log-format", "json", "--cache-dir"]);
+    let mut child = command.arg(&cache).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut lines: Vec<serde_json::Value> = Vec::new();
+    let message = |line: &serde_json::Value| line["message"].as_str().unwrap_or_default().to_owned();
+    while !lines.last().is_some_and(|line| message(line) == "request") {
+        let mut line = String::new();
+        assert!(said.read_line(&mut line).unwrap() > 0, "it ended: {lines:?}");
+        lines.push(serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line:?}")));
+        if message(&lines[lines.len() - 1]) == "ready" {
+            let address = message(&lines[0]);
+            let address = address.strip_prefix("listening on http://").unwrap().parse().unwrap();
+            let body = asking(json!({"model": null})).to_string();
+            let headers = ["Content-Type: application/json"];
+            assert_eq!(send(address, "POST", "/v1/chat/completions", &headers, &body).status, 200);
+        }
+    }
+    let _ = (child.kill(), child.wait());
+    let cache = cache.to_str().unwrap();
+    let told: Vec<_> = lines.iter().filter(|line| line.to_string().contains(cache)).collect();
+    assert_eq!(told.len(), 1, "{lines:?}");
+    for word in ["nothing is kept for later runs", "use another directory", "--cache-dir"] {
+        assert!(message(told[0]).contains(word), "{word:?} is not in {told:?}");
+    }
+    assert!(lines.iter().any(|line| message(line).starts_with("notice: ") && line != told[0]), "{lines:?}");
+}
+
+#[test]
+fn what_ends_it_is_an_object_too_where_that_is_asked_for() {
+    let directory = TempDir::new().unwrap();
+    let words = ["serve", "--port", "0", "--log-format", "json", "--model"];
+    let run = cli::end(cli::program().args(words).arg(directory.path()));
+    assert_eq!(run.code, Some(3), "{run:?}");
+    let lines: Vec<serde_json::Value> = run
+        .err
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line:?}")))
+        .collect();
+    let last = lines.last().unwrap();
+    assert_eq!(last["level"], "ERROR");
+    assert!(last["message"].as_str().unwrap().starts_with("package "), "{last}");
+}
