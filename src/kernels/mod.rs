@@ -12,17 +12,11 @@ mod avx512;
 mod matrix;
 mod rounded;
 
-use std::cell::RefCell;
 use std::fmt;
 use std::ops::Range;
 
 pub use matrix::{Bits, Matrix};
 pub use rounded::Rounded;
-
-/// Rows of weights that one unit of work takes where there are few activations.
-const ROWS: usize = 64;
-/// Rows of activations up to which weights are not unpacked: unpacking would cost more than it saves.
-const FEW: usize = 12;
 
 /// Calls a function for each number below another, on as many threads as it likes.
 pub trait Parallel {
@@ -77,54 +71,53 @@ impl Kernels {
         assert_eq!(x.len(), rows * weights.columns(), "x has no whole number of rows");
         assert_eq!(y.len(), rows * weights.rows(), "y is not [rows, weights.rows]");
         assert!(bias.is_none_or(|bias| bias.len() == weights.rows()), "bias is not [weights.rows]");
-        let (tile, panel) = self.tile();
-        let (tile, width) = if rows <= FEW { (1, ROWS) } else { (tile, panel) };
-        rounded.fill(parallel, x, weights, tile);
+        let Plan { way, tile, unit, width } = self.plan(rows, weights);
+        rounded.fill(parallel, x, weights, [tile, unit]);
         let (rounded, y) = (&*rounded, Columns::new(y, weights.rows()));
         let work = |unit: usize| {
             let first = unit * width;
             let columns = first..(first + width).min(weights.rows());
             let product = Product { rounded, weights, bias, y: &y };
-            if rows <= FEW { self.few(&product, columns) } else { self.many(&product, columns) }
+            self.compute(&product, way, columns);
         };
         parallel.for_each(weights.rows().div_ceil(width), &work);
     }
 
-    /// Rows of activations that are multiplied at once with rows of weights that are unpacked side by side.
-    fn tile(self) -> (usize, usize) {
+    fn plan(self, rows: usize, weights: &Matrix<'_>) -> Plan {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512Vnni => (avx512::TILE, avx512::PANEL),
+            Instructions::Avx512Vnni => avx512::plan(rows, weights),
         }
     }
 
-    fn few(self, product: &Product<'_>, columns: Range<usize>) {
+    fn compute(self, product: &Product<'_>, way: Way, columns: Range<usize>) {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512Vnni => avx512::few(product, columns),
+            Instructions::Avx512Vnni => avx512::compute(product, way, columns),
         }
-    }
-
-    fn many(self, product: &Product<'_>, columns: Range<usize>) {
-        thread_local! {
-            static PANEL: RefCell<Panel> = RefCell::default();
-        }
-        PANEL.with_borrow_mut(|panel| match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512Vnni => avx512::many(product, columns, panel),
-        });
     }
 }
 
-/// Rows of weights side by side, of one thread.
-#[derive(Debug, Default)]
-struct Panel {
-    /// `[quads, rows]`: four neighbouring weights of a row, one byte each.
-    quads: Vec<u32>,
-    /// `[blocks, rows]`.
-    scales: Vec<f32>,
-    /// `[blocks, rows]`.
-    zeros: Vec<i32>,
+/// What is done with the weights.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// They are unpacked into panels, by which all rows of activations pass.
+    Panels,
+    /// Four rows share each register.
+    Quads,
+    /// One row is read after another.
+    Rows,
+}
+
+/// How a product is computed.
+struct Plan {
+    way: Way,
+    /// Rows of activations in a tile of [`Rounded`].
+    tile: usize,
+    /// Columns of a row that stand together there.
+    unit: usize,
+    /// Rows of weights that are one unit of work.
+    width: usize,
 }
 
 /// What one call of [`Kernels::multiply`] computes.

@@ -14,11 +14,11 @@ const LINE: usize = 64;
 /// Rounded rows. Where weights have 4 bits, each group of 128 columns has its even ones first, since a byte of weights
 /// holds an even and an odd one. Columns beyond the last are zero.
 ///
-/// Rows that are multiplied together form a tile, in which four neighbouring columns of one row are followed by the same
+/// Rows that are multiplied together form a tile, in which a unit of neighbouring columns of one row is followed by the same
 /// columns of the next; what stands for rows beyond the last is not defined.
 #[derive(Debug, Default)]
 pub struct Rounded {
-    /// `[tiles, stride / 4, tile, 4]`, from `start` on.
+    /// `[tiles, stride / unit, tile, unit]`, from `start` on.
     pub(super) values: Vec<i8>,
     /// Where a cache line begins: a register of values that lies in two lines takes twice as long to load.
     pub(super) start: usize,
@@ -40,8 +40,15 @@ impl Rounded {
         &self.values[self.start..]
     }
 
-    /// Rounds `x`, `[rows, weights.columns]`, to be multiplied by `weights`, in tiles of `tile` rows.
-    pub(super) fn fill(&mut self, parallel: &impl Parallel, x: &[f32], weights: &Matrix<'_>, tile: usize) {
+    /// Rounds `x`, `[rows, weights.columns]`, to be multiplied by `weights`, in tiles of `tile` rows and units of `unit`
+    /// columns, which divides [`GROUP`].
+    pub(super) fn fill(
+        &mut self,
+        parallel: &impl Parallel,
+        x: &[f32],
+        weights: &Matrix<'_>,
+        [tile, unit]: [usize; 2],
+    ) {
         let (columns, blocks) = (weights.columns(), weights.blocks());
         let stride = (blocks * weights.block()).next_multiple_of(GROUP);
         (self.rows, self.tile, self.stride, self.blocks) = (x.len() / columns, tile, stride, blocks);
@@ -65,7 +72,7 @@ impl Rounded {
                 Row { values: vec![0; stride], scales: vec![0.0; blocks], offsets: vec![0; blocks] };
             for (i, x) in x.chunks_exact(columns).enumerate() {
                 row.round(x, weights);
-                row.put(i, tile, values, scales, offsets);
+                row.put(i, [tile, unit], values, scales, offsets);
             }
         });
     }
@@ -80,9 +87,16 @@ struct Row {
 
 impl Row {
     /// Becomes row `i` of a tile.
-    fn put(&self, i: usize, tile: usize, values: &mut [i8], scales: &mut [f32], offsets: &mut [i32]) {
-        for (from, to) in self.values.chunks_exact(4).zip(values.chunks_exact_mut(4 * tile)) {
-            to[4 * i..4 * i + 4].copy_from_slice(from);
+    fn put(
+        &self,
+        i: usize,
+        [tile, unit]: [usize; 2],
+        values: &mut [i8],
+        scales: &mut [f32],
+        offsets: &mut [i32],
+    ) {
+        for (from, to) in self.values.chunks_exact(unit).zip(values.chunks_exact_mut(unit * tile)) {
+            to[unit * i..][..unit].copy_from_slice(from);
         }
         for (from, to) in self.scales.iter().zip(scales.chunks_exact_mut(tile)) {
             to[i] = *from;

@@ -104,7 +104,12 @@ fn products_are_what_the_operator_is_defined_to_give() {
                     check(kernels, &Case { bits, block, rows, weights, zeros, bias: rows % 2 == 0 });
                 }
             }
-            for (rows, weights) in [(13, [31, 96]), (24, [64, 256]), (37, [65, 300]), (30, [3, 512])] {
+            for (rows, weights) in
+                [(1, [8, 256]), (5, [68, 300]), (8, [4, 512]), (13, [72, 384]), (40, [12, 256])]
+            {
+                check(kernels, &Case { bits, block, rows, weights, zeros: false, bias: rows % 2 == 1 });
+            }
+            for (rows, weights) in [(13, [31, 96]), (44, [64, 256]), (37, [65, 300]), (30, [3, 512])] {
                 for zeros in [false, true] {
                     check(kernels, &Case { bits, block, rows, weights, zeros, bias: rows % 2 == 1 });
                 }
@@ -121,14 +126,18 @@ fn rows_do_not_depend_on_how_many_there_are() {
     let packed: Vec<u8> = (0..n * k / 2).map(|_| byte(next())).collect();
     let scales: Vec<f32> = (0..n * k / block).map(|_| unit(next())).collect();
     let matrix = Matrix::new(&packed, &scales, None, Bits::Four, [n, k], block).unwrap();
-    let x: Vec<f32> = (0..30 * k).map(|_| unit(next())).collect();
+    let x: Vec<f32> = (0..70 * k).map(|_| unit(next())).collect();
     let of = |rows: usize| {
         let mut y = vec![0.0; rows * n];
         kernels.multiply(&Serial, &x[..rows * k], &matrix, None, &mut Rounded::default(), &mut y);
         y
     };
-    let (many, fewer) = (of(30), of(17));
-    assert_eq!(many[..17 * n], fewer);
+    let (most, more) = (of(70), of(41));
+    assert_eq!(most[..41 * n], more);
+    let most = of(40);
+    for few in 1..40 {
+        assert_eq!(most[..few * n], of(few), "{few} rows");
+    }
 }
 
 #[test]
