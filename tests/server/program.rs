@@ -233,7 +233,7 @@ fn a_cache_that_cannot_be_written_is_told_of_once_and_every_line_is_an_object() 
     let mut said = BufReader::new(child.stderr.take().unwrap());
     let mut lines: Vec<serde_json::Value> = Vec::new();
     let message = |line: &serde_json::Value| line["message"].as_str().unwrap_or_default().to_owned();
-    while !lines.last().is_some_and(|line| message(line) == "request") {
+    while lines.last().is_none_or(|line| message(line) != "request") {
         let mut line = String::new();
         assert!(said.read_line(&mut line).unwrap() > 0, "it ended: {lines:?}");
         lines.push(serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line:?}")));
