@@ -9,7 +9,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::context::{Context, ModelArguments};
+use super::context::Context;
+use super::model::ModelArguments;
 use super::say::LogFormat;
 use crate::error::Error;
 use crate::package::ModelPackage;
