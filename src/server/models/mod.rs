@@ -3,6 +3,7 @@
 //! A model is lent to each request that it answers. One that nobody has borrowed may be closed to make room.
 
 mod directory;
+mod place;
 mod registry;
 
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use crate::package::manifest::Fit;
 use registry::Registry;
 
 pub use directory::ModelsDirectory;
-pub(super) use registry::{Condition, Tally};
+pub(super) use place::{Condition, Tally};
 
 /// A model that answers.
 #[derive(Clone, Debug)]

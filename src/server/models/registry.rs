@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
 use super::directory::ModelsDirectory;
+use super::place::{Attempt, Condition, Failure, Place, State, Tally};
 use super::{Model, Offer};
 use crate::error::{Error, Result, size};
 use crate::machine::{Memory, Roots};
@@ -31,70 +32,6 @@ pub(super) struct Registry {
     turn: Arc<tokio::sync::Mutex<()>>,
 }
 
-#[derive(Debug)]
-struct Place {
-    state: State,
-    /// Requests that wait for it.
-    waiting: usize,
-    /// The count of uses when it was last borrowed.
-    used: u64,
-    tally: Tally,
-}
-
-/// How often a model came and went.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(in crate::server) struct Tally {
-    /// It was opened.
-    pub(in crate::server) loaded: u64,
-    /// It could not be opened.
-    pub(in crate::server) failed: u64,
-    /// There was no room for it.
-    pub(in crate::server) no_room: u64,
-    /// It was closed for another.
-    pub(in crate::server) unloaded: u64,
-}
-
-impl Place {
-    fn held(&self) -> u64 {
-        match self.state {
-            State::Ready(_, held) => held,
-            _ => 0,
-        }
-    }
-}
-
-/// An attempt to open a model, and once it has ended what came of it.
-type Attempt = watch::Receiver<Option<Answer<()>>>;
-
-#[derive(Debug)]
-enum State {
-    Unloaded,
-    Loading(Attempt),
-    /// Open; with the bytes that it takes, where that was planned.
-    Ready(Arc<Model>, u64),
-    Failed(Failure),
-}
-
-#[derive(Clone, Debug)]
-struct Failure {
-    reason: String,
-    /// Until then it is not tried again.
-    until: Instant,
-}
-
-/// How a model is now.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::server) enum Condition<'a> {
-    /// Nobody has asked for it, or it had to leave.
-    Unloaded,
-    /// It is being opened.
-    Loading,
-    /// It answers.
-    Ready(&'a Arc<Model>),
-    /// It could not be opened, for this reason.
-    Failed(&'a str),
-}
-
 /// Why a model is not open.
 enum Refused {
     /// Models that answer take the room.
@@ -108,14 +45,12 @@ impl Registry {
         let facts = model.engine.facts();
         let positions = Some((facts.context, facts.tokens_per_image));
         let offer = Offer { name: model.name.clone(), created: model.created, positions };
-        let tally = Tally { loaded: 1, ..Tally::default() };
-        let places = vec![Place { state: State::Ready(Arc::new(model), 0), waiting: 0, used: 0, tally }];
+        let places = vec![Place::of(model)];
         Self { places: Mutex::new(places), ..Self::new(vec![offer], None) }
     }
 
     pub(super) fn new(offers: Vec<Offer>, directory: Option<ModelsDirectory>) -> Self {
-        let place = || Place { state: State::Unloaded, waiting: 0, used: 0, tally: Tally::default() };
-        let places = Mutex::new(offers.iter().map(|_| place()).collect());
+        let places = Mutex::new(offers.iter().map(|_| Place::default()).collect());
         let (uses, closed) = (AtomicU64::new(1), watch::Sender::new(false));
         Self { offers, directory, places, uses, closed, turn: Arc::default() }
     }
@@ -147,13 +82,7 @@ impl Registry {
     pub(super) fn each(&self, mut show: impl FnMut(&Offer, Condition<'_>)) {
         let places = self.places();
         for (offer, place) in self.offers.iter().zip(places.iter()) {
-            let condition = match &place.state {
-                State::Unloaded => Condition::Unloaded,
-                State::Loading(_) => Condition::Loading,
-                State::Ready(model, _) => Condition::Ready(model),
-                State::Failed(failure) => Condition::Failed(&failure.reason),
-            };
-            show(offer, condition);
+            show(offer, place.condition());
         }
     }
 
