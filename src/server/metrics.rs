@@ -562,7 +562,7 @@ mod tests {
         assert!(text.contains("llava_phi_waiting{model=\"one\"} 3\n"), "{text}");
         assert!(text.contains("llava_phi_steps_total{model=\"one\"} 70\n"), "{text}");
         for line in [
-            "llava_phi_models_loaded 2\n",
+            "llava_phi_models_loaded{} 2\n",
             "llava_phi_model_loads_total{model=\"one\",result=\"loaded\"} 2\n",
             "llava_phi_model_loads_total{model=\"one\",result=\"no_room\"} 1\n",
             "llava_phi_model_loads_total{model=\"one\",result=\"failed\"} 0\n",

@@ -172,7 +172,7 @@ fn a_broken_package_tells_why_and_is_tried_again() {
     until("the mended model", || ask(&server, "broken").status == 200);
     let metrics = server.get("/metrics").body;
     for line in [
-        "llava_phi_models_loaded 1\n",
+        "llava_phi_models_loaded{} 1\n",
         "llava_phi_model_loads_total{model=\"broken\",result=\"failed\"} 1\n",
         "llava_phi_model_loads_total{model=\"broken\",result=\"loaded\"} 1\n",
         "llava_phi_model_loads_total{model=\"one\",result=\"loaded\"} 1\n",
