@@ -46,6 +46,19 @@ pub enum Error {
         /// Positions that the context holds.
         capacity: usize,
     },
+    /// The answer may be longer than the prompt leaves room for.
+    #[error(
+        "{wanted} new tokens do not fit: the prompt takes {positions} of {capacity} positions; \
+         ask for at most {}", .capacity.saturating_sub(*.positions)
+    )]
+    NoRoom {
+        /// Tokens that were asked for.
+        wanted: usize,
+        /// Positions that the prompt takes.
+        positions: usize,
+        /// Positions that the context holds.
+        capacity: usize,
+    },
     /// ONNX Runtime itself could not be found, fetched or started.
     #[error("ONNX Runtime: {reason}")]
     Library {
@@ -132,7 +145,9 @@ impl Error {
     /// What a caller can do about this error.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Image { .. } | Self::Request(_) | Self::TooLong { .. } => ErrorKind::Request,
+            Self::Image { .. } | Self::Request(_) | Self::TooLong { .. } | Self::NoRoom { .. } => {
+                ErrorKind::Request
+            }
             Self::Package { .. } => ErrorKind::Package,
             Self::Library { .. } | Self::Provider { .. } | Self::Cache { .. } => ErrorKind::Provider,
             Self::Graph { .. } | Self::Unsound { .. } | Self::Stopped(_) => ErrorKind::Runtime,

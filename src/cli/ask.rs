@@ -10,11 +10,13 @@ use std::{
 
 use anyhow::Context as _;
 
-use super::context::{self, Context, GenerationArguments, ModelArguments};
+use super::context::Context;
 use super::figures::{self, Answer, Outside};
 use super::form::constrained;
+use super::generation::{self, GenerationArguments};
 use super::interrupt;
 use super::live::Live;
+use super::model::{ModelArguments, STDIN};
 use crate::engine::event::Completion;
 use crate::engine::{Engine, Request};
 use crate::error::{Error, Result};
@@ -79,8 +81,8 @@ fn question_of(words: &[OsString]) -> Result<(&str, &[OsString])> {
     let question = question.to_str().ok_or_else(|| {
         Error::Request("the question is not UTF-8 text; the question comes last, after the images".to_owned())
     })?;
-    context::check_question(question)?;
-    if question == context::STDIN || Path::new(question).is_file() {
+    generation::check_question(question)?;
+    if question == STDIN || Path::new(question).is_file() {
         return Err(Error::Request(format!(
             "{question} is an image and there is no question; the question comes last, after the images"
         )));

@@ -16,10 +16,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::context::{self, Context, GenerationArguments, ModelArguments};
+use super::context::Context;
 use super::figures::{Answer, Outside};
 use super::form::constrained;
+use super::generation::{self, GenerationArguments};
 use super::interrupt;
+use super::model::ModelArguments;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::generate::params::GenerateParams;
@@ -122,7 +124,7 @@ fn ask(
     params: &GenerateParams,
     last: &mut LastImages,
 ) -> anyhow::Result<Option<Value>> {
-    context::check_question(&question.text)?;
+    generation::check_question(&question.text)?;
     let begin = Instant::now();
     if last.paths != question.images {
         let paths: Vec<OsString> = question.images.iter().map(OsString::from).collect();

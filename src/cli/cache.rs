@@ -8,7 +8,8 @@ use clap::Subcommand;
 use serde::Serialize;
 
 use super::compile::ago;
-use super::context::{Context, ModelArguments};
+use super::context::Context;
+use super::model::ModelArguments;
 use super::session::parse_size;
 use crate::chat::conversation::{Message, Part};
 use crate::chat::template;

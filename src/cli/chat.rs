@@ -12,11 +12,13 @@ use std::{
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
-use super::context::{Context, GenerationArguments, ModelArguments};
+use super::context::Context;
 use super::figures::{self, Outside};
 use super::form::constrained;
+use super::generation::GenerationArguments;
 use super::interrupt;
 use super::live::Live;
+use super::model::ModelArguments;
 use crate::chat::Chat;
 use crate::chat::attachment::Attachment;
 use crate::chat::conversation::Part;

@@ -8,7 +8,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use super::context::{self, Context};
+use super::context::Context;
+use super::model::open_package;
 use super::session::{SessionArguments, parse_size};
 use crate::compiled::{CompiledCache, Listed, Pruned, State};
 use crate::error::{Error, Result, size};
@@ -84,7 +85,7 @@ pub(super) fn run(arguments: &Arguments, given: &Context) -> anyhow::Result<Exit
         };
         return prune(&mut out, &pruned, arguments.json);
     }
-    let package = context::open_package(arguments.model.as_deref())?;
+    let package = open_package(arguments.model.as_deref())?;
     let cache = CompiledCache::at(&dir, limit);
     given.start_runtime()?;
     let options = arguments.options(given, cache)?;
@@ -114,7 +115,7 @@ impl Arguments {
             variants: self.variant.clone().unwrap_or_default(),
             providers: self.provider.clone().unwrap_or_default(),
             compiled: Some(Arc::new(cache)),
-            notices: Some(context::notices()),
+            notices: Some(context.notices()),
             packed_weights,
             ..session
         })

@@ -9,7 +9,8 @@ use std::{
 
 use serde::Serialize;
 
-use super::context::{Context, ModelArguments};
+use super::context::Context;
+use super::model::ModelArguments;
 use crate::error::{ErrorKind, Result, size};
 use crate::machine::{Machine, Roots};
 use crate::model::stamp::SelfCheck;

@@ -8,8 +8,9 @@ use std::{
 
 use serde::Serialize;
 
-use super::context::{self, Context};
+use super::context::Context;
 use super::doctor;
+use super::model::open_package;
 use crate::error::size;
 use crate::model::selection::VariantSelection;
 use crate::model::{CausalModel as _, ComponentReport, LlavaPhi, ModelOptions};
@@ -55,7 +56,7 @@ struct Report<'a> {
 }
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<ExitCode> {
-    let package = context::open_package(arguments.model.as_deref())?;
+    let package = open_package(arguments.model.as_deref())?;
     if arguments.verify {
         package.verify()?;
     }

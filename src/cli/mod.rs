@@ -11,11 +11,14 @@ mod context;
 mod doctor;
 mod figures;
 mod form;
+mod generation;
 mod inspect;
 mod interrupt;
 mod live;
+mod model;
 mod npy;
 mod runtime;
+mod say;
 #[cfg(feature = "server")]
 mod serve;
 mod session;
@@ -25,16 +28,18 @@ mod tune;
 use std::{
     ffi::OsString,
     io::{self, IsTerminal as _, Write as _},
+    panic,
     process::ExitCode,
 };
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, ErrorKind};
 use config::Layers;
 use context::Context;
+use say::LogFormat;
 
 /// Runs the LLaVA-Phi vision-language model anywhere ONNX Runtime runs.
 ///
@@ -122,59 +127,56 @@ impl Command {
     }
 }
 
-/// What a line of the log looks like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum LogFormat {
-    /// For people
-    Text,
-    /// A JSON object
-    Json,
-}
-
 /// Parses the arguments, runs the command and gives the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().collect();
     let layers = match Layers::new(command(), &words, &config::environment) {
         Ok(layers) => layers,
-        Err(error) => return failed(&error.into()),
+        Err(error) => return failed(&error.into(), LogFormat::Text),
     };
     let parsed = layers.program.clone().try_get_matches_from(words);
     let parsed = parsed.and_then(|matches| Ok((Arguments::from_arg_matches(&matches)?, matches)));
-    let (arguments, matches) = match parsed {
+    let (mut arguments, matches) = match parsed {
         Ok(parsed) => parsed,
         Err(error) => return misuse(&error),
     };
     if arguments.command.prints_settings() {
         let printed = layers.print(&matches).map_err(anyhow::Error::from);
         return match printed.and_then(|text| Ok(io::stdout().write_all(text.as_bytes())?)) {
-            Err(error) if !is_broken_pipe(&error) => failed(&error),
+            Err(error) if !is_broken_pipe(&error) => failed(&error, LogFormat::Text),
             _ => ExitCode::SUCCESS,
         };
     }
+    let format = arguments.command.log_format();
+    arguments.context.speak(format);
     log(&arguments.command);
     match run(arguments) {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => failed(&error),
+        Err(error) => failed(&error, format),
     }
 }
 
 /// Says on standard error what went wrong, and gives its exit code.
-fn failed(error: &anyhow::Error) -> ExitCode {
-    // Standard error may be closed; there is nowhere else to say so.
-    let _ = writeln!(io::stderr(), "error: {}", sentence(error));
+fn failed(error: &anyhow::Error, format: LogFormat) -> ExitCode {
+    format.fail(&sentence(error));
     ExitCode::from(exit_code(error))
 }
 
 /// Starts the log on standard error.
 fn log(command: &Command) {
-    let filter = EnvFilter::try_from_env("LLAVA_PHI_LOG").unwrap_or_else(|_| EnvFilter::new(command.log()));
+    let asked = config::environment("LLAVA_PHI_LOG").filter(|filter| !filter.is_empty());
+    let asked = asked.and_then(|filter| EnvFilter::try_new(filter.to_str()?).ok());
+    let filter = asked.unwrap_or_else(|| EnvFilter::new(command.log()));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     let log = log.with_ansi(io::stderr().is_terminal());
     match command.log_format() {
         LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
+        LogFormat::Json => {
+            log.json().flatten_event(true).init();
+            panic::set_hook(Box::new(|what| LogFormat::Json.fail(&one_line(&what.to_string()))));
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use super::say::LogFormat;
 use crate::runtime::fetch::{self, Fetchable};
 use crate::runtime::library::{self, Candidate};
 use crate::runtime::options::{self, OptionKey};
@@ -70,7 +71,7 @@ fn list_options(providers: &[Provider]) -> Result<()> {
 }
 
 fn install(variant: LibraryVariant, from: Option<&std::path::Path>, options: &LibraryOptions) -> Result<()> {
-    let mut progress = progress();
+    let mut progress = progress(LogFormat::Text);
     let path = match from {
         Some(file) => fetch::install_from(file, options, &mut progress)?,
         None => fetch::install(variant, options, &mut progress)?,
@@ -82,7 +83,7 @@ fn install(variant: LibraryVariant, from: Option<&std::path::Path>, options: &Li
     if let Some(other) = library::candidates(options).into_iter().find(|one| one.fault.is_none())
         && other.path != path
     {
-        eprint_line(&format!(
+        LogFormat::Text.say(format!(
             "hint: {} comes first and is used instead ({})",
             other.path.display(),
             other.origin
@@ -165,13 +166,13 @@ fn for_people(status: &Status) -> String {
 
 /// Shows what happens while ONNX Runtime is looked for or installed: notices on stderr, and a bar if it is a
 /// terminal.
-pub(super) fn progress() -> impl FnMut(Progress<'_>) {
-    let terminal = std::io::stderr().is_terminal();
+pub(super) fn progress(format: LogFormat) -> impl FnMut(Progress<'_>) {
+    let terminal = std::io::stderr().is_terminal() && format == LogFormat::Text;
     let mut bar = Bar(None);
     move |progress| match progress {
         Progress::Notice(text) => match &bar.0 {
-            Some(bar) => bar.suspend(|| eprint_line(text)),
-            None => eprint_line(text),
+            Some(bar) => bar.suspend(|| format.say(text)),
+            None => format.say(text),
         },
         Progress::Download { done, total } if terminal => {
             let bar = bar.0.get_or_insert_with(|| new_bar(total));
@@ -199,11 +200,6 @@ fn new_bar(total: u64) -> ProgressBar {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
     }
-}
-
-/// A line on stderr. That nobody reads it is no reason to stop.
-fn eprint_line(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 #[cfg(test)]

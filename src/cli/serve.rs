@@ -1,7 +1,6 @@
 //! `llava-phi serve`: models behind OpenAI's API.
 
 use std::{
-    io::{self, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     num::NonZeroUsize,
     path::PathBuf,
@@ -10,8 +9,9 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::LogFormat;
-use super::context::{Context, ModelArguments};
+use super::context::Context;
+use super::model::ModelArguments;
+use super::say::LogFormat;
 use crate::error::Error;
 use crate::package::ModelPackage;
 use crate::server::{
@@ -211,8 +211,8 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
         signals: true,
         ..ServerOptions::at(SocketAddr::new(arguments.host, arguments.port))
     };
-    let Arguments { model, model_name, models_dir, max_models, preload, parallel, queue, log_format, .. } =
-        arguments;
+    let Arguments { model, model_name, models_dir, max_models, preload, parallel, queue, .. } = arguments;
+    let format = context.format();
     let open: Open = match models_dir {
         Some(path) => {
             let both = [("--model", model.directory().is_some()), ("--model-name", model_name.is_some())];
@@ -221,6 +221,7 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
             }
             let (fit, memory) = (model.fit(), model.memory_limit());
             let engine = move |package: &ModelPackage| {
+                context.check_cache();
                 model.open_engine_of(package, &context, parallel.get(), Some(queue))
             };
             let most = max_models.get();
@@ -238,19 +239,14 @@ pub(super) fn run(arguments: Arguments, context: Context) -> anyhow::Result<Exit
             return refuse("--preload needs --models-dir; one model is always loaded".to_owned());
         }
         None => Box::new(move || {
+            context.check_cache();
             let engine = model.open_engine_for(&context, parallel.get(), Some(queue))?;
             let name = model_name.unwrap_or_else(|| engine.facts().name.clone());
             let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
             Ok(Models::one(Model { name, engine, fit: model.fit(), created }))
         }),
     };
-    server::run(options, open, &Shutdown::new(), &mut |notice: Notice| match log_format {
-        // Standard error may be closed; there is nowhere else to say so.
-        LogFormat::Text => _ = writeln!(io::stderr(), "{notice}"),
-        LogFormat::Json => {
-            tracing::info!(target: "llava_phi::server", "{notice}");
-        }
-    })?;
+    server::run(options, open, &Shutdown::new(), &mut |notice: Notice| format.say(notice))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -13,8 +13,10 @@ use std::{
 use anyhow::Context as _;
 use ndarray::{ArrayD, ArrayView1, ArrayViewD};
 
-use super::context::{self, Context, ModelArguments};
+use super::context::Context;
 use super::figures::milliseconds;
+use super::generation::check_question;
+use super::model::ModelArguments;
 use super::npy::{self, Element};
 use crate::chat::conversation::{Message, Part};
 use crate::chat::template;
@@ -50,7 +52,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, given: &Context) -> anyhow::Result<ExitCode> {
-    context::check_question(&arguments.question)?;
+    check_question(&arguments.question)?;
     let package = arguments.model.package()?;
     let runtime = given.start_runtime()?;
     let facts = ModelFacts::new(&package)?;

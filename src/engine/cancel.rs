@@ -3,12 +3,12 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-type Hook = Box<dyn Fn() + Send>;
+use crate::model::cancel::Canceler;
 
 /// Stops one request: at the next token, or in the middle of a graph that runs for it. Clones stop the same request.
 #[derive(Clone, Default)]
@@ -17,7 +17,8 @@ pub struct CancelToken(Arc<State>);
 #[derive(Default)]
 struct State {
     cancelled: AtomicBool,
-    hook: Mutex<Option<Hook>>,
+    /// What ends the graph that runs for the request.
+    canceler: Mutex<Option<Canceler>>,
 }
 
 impl CancelToken {
@@ -29,9 +30,8 @@ impl CancelToken {
     /// Gives up on the request. What was answered so far is kept.
     pub fn cancel(&self) {
         self.0.cancelled.store(true, Ordering::SeqCst);
-        let hook = self.0.hook.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(hook) = hook.as_ref() {
-            hook();
+        if let Some(canceler) = self.canceler().as_ref() {
+            canceler.cancel();
         }
     }
 
@@ -40,15 +40,21 @@ impl CancelToken {
         self.0.cancelled.load(Ordering::SeqCst)
     }
 
-    /// Runs `work`; a cancellation meanwhile calls `hook`, one before calls it at once.
-    pub(super) fn during<T>(&self, hook: impl Fn() + Send + 'static, work: impl FnOnce() -> T) -> T {
-        *self.0.hook.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(hook));
+    /// Runs `work` on the model whose graphs `canceler` ends: at a cancellation meanwhile, at once if it was before, and
+    /// not for one of somebody else that no graph has seen.
+    pub(super) fn during<T>(&self, canceler: Canceler, work: impl FnOnce() -> T) -> T {
+        canceler.reset();
+        *self.canceler() = Some(canceler);
         if self.is_cancelled() {
             self.cancel();
         }
         let result = work();
-        *self.0.hook.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.canceler() = None;
         result
+    }
+
+    fn canceler(&self) -> MutexGuard<'_, Option<Canceler>> {
+        self.0.canceler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -177,10 +177,9 @@ impl<M: CausalModel> Entry<M> {
             return self.say(logits.values_mut());
         };
         let room = (cache, self.usage.prompt_tokens);
-        let canceler = model.canceler();
-        canceler.reset();
-        let decide = || choices::decide(model, facts, request, room, (texts, logits));
-        let decision = request.cancel.during(move || canceler.cancel(), decide)?;
+        let decision = request
+            .cancel
+            .during(model.canceler(), || choices::decide(model, facts, request, room, (texts, logits)))?;
         self.settle(decision)
     }
 

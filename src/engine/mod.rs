@@ -221,7 +221,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Request`] for contradictory parameters or a wrong number of images, [`Error::TooLong`] for a prompt that
-    /// leaves no room for an answer, [`Error::Busy`] when too many wait already, [`Error::Stopped`] when the engine's thread has ended.
+    /// leaves no room for an answer, [`Error::NoRoom`] for one that leaves less than was asked for, [`Error::Busy`] when too many wait already, [`Error::Stopped`] when the engine's thread has ended.
     pub fn submit(&self, request: Request, sink: Sink) -> Result<()> {
         let limit = self.limit(&request)?;
         self.load.enter(self.queue).map_err(|waiting| {
@@ -259,10 +259,7 @@ impl Engine {
             return Err(Error::TooLong { needed: positions.saturating_add(1), capacity });
         }
         match request.params.max_new_tokens {
-            Some(wanted) if wanted > room => Err(Error::Request(format!(
-                "{wanted} new tokens do not fit: the prompt takes {positions} of {capacity} positions; \
-                 ask for at most {room}"
-            ))),
+            Some(wanted) if wanted > room => Err(Error::NoRoom { wanted, positions, capacity }),
             Some(wanted) => Ok(wanted),
             None => Ok(room),
         }

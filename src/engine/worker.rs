@@ -153,21 +153,16 @@ impl<M: CausalModel> Workshop<'_, M> {
         let Entry { job, state, .. } = entry;
         let request = &job.request;
         let model = &mut self.model;
-        let canceler = model.canceler();
-        canceler.reset();
         self.load.update(|load| load.pieces += 1);
-        request.cancel.during(
-            move || canceler.cancel(),
-            || {
-                let mut reading = match std::mem::replace(state, State::Fresh) {
-                    State::Reading(reading) => reading,
-                    _ => model.begin(&request.prompt, &request.images, cache, &others)?,
-                };
-                let prefill = model.read_on(&mut reading, most, cache)?;
-                *state = State::Reading(reading);
-                Ok(prefill)
-            },
-        )
+        request.cancel.during(model.canceler(), || {
+            let mut reading = match std::mem::replace(state, State::Fresh) {
+                State::Reading(reading) => reading,
+                _ => model.begin(&request.prompt, &request.images, cache, &others)?,
+            };
+            let prefill = model.read_on(&mut reading, most, cache)?;
+            *state = State::Reading(reading);
+            Ok(prefill)
+        })
     }
 
     /// The cache in which most of the prompt is already, if little else is lost by that; a new one while there is room.
@@ -241,9 +236,7 @@ impl<M: CausalModel> Workshop<'_, M> {
         let model = &mut self.model;
         let Some(entry) = self.entries.get_mut(&id) else { return };
         let (Some(answer), Some(cache)) = (&mut entry.answer, &mut entry.cache) else { return };
-        let canceler = model.canceler();
-        canceler.reset();
-        let logits = entry.job.request.cancel.during(move || canceler.cancel(), || answer.read(model, cache));
+        let logits = entry.job.request.cancel.during(model.canceler(), || answer.read(model, cache));
         let after = logits.and_then(|mut logits| entry.say(logits.values_mut()));
         self.after(id, after);
     }
@@ -280,9 +273,7 @@ impl<M: CausalModel> Workshop<'_, M> {
     fn recheck(&mut self, id: Id) -> Result<bool> {
         let model = &mut self.model;
         let Some(entry) = self.entries.get(&id) else { return Ok(true) };
-        let canceler = model.canceler();
-        canceler.reset();
-        entry.job.request.cancel.during(move || canceler.cancel(), || model.recheck())
+        entry.job.request.cancel.during(model.canceler(), || model.recheck())
     }
 
     /// Puts something else in the place of `graph`, and has everybody who was begun begin anew.

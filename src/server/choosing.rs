@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use serde::Deserialize;
+
 use super::error::{Answer, ApiError};
 use super::limits::ServerLimits;
+use super::models::Model;
 use super::texts::Texts;
 use crate::error::Error;
 use crate::generate::params::{GenerateParams, Sampling};
@@ -14,28 +17,40 @@ use crate::text::TokenId;
 /// Without a temperature the likeliest token is taken, as everywhere in this program, unless a cut (`top_p`, `top_k`,
 /// `min_p`) asks for a draw: then it is 1. At temperature 0 cuts and seed change nothing, since the likeliest token
 /// passes every cut.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub(super) struct Choosing {
+    /// The most tokens of the answer; otherwise what the context leaves, or 16 of a completion.
     pub(super) max_tokens: Option<usize>,
+    /// Sample at this temperature. 0 takes the likeliest token, and so does leaving out this and every cut.
     pub(super) temperature: Option<f32>,
+    /// Sample among the likeliest tokens that together have this probability.
     pub(super) top_p: Option<f32>,
+    /// Extension: sample among this many of the likeliest tokens.
     pub(super) top_k: Option<usize>,
+    /// Extension: sample among tokens that are at least this likely, relative to the likeliest.
     pub(super) min_p: Option<f32>,
+    /// Extension: divide the score of tokens that occurred by this; 1 changes nothing.
     pub(super) repetition_penalty: Option<f32>,
+    /// Subtract this from the score of a token for each time that it occurred in the answer.
     pub(super) frequency_penalty: Option<f32>,
+    /// Subtract this from the score of tokens that occurred in the answer.
     pub(super) presence_penalty: Option<f32>,
+    /// Add this to the scores of these tokens, by their numbers.
     pub(super) logit_bias: BTreeMap<String, f32>,
-    pub(super) logprobs: Option<usize>,
+    /// Seed of the draws; the same seed gives the same answer. Answer `i` to a prompt is drawn with `seed + i`.
     pub(super) seed: Option<i64>,
+    /// Texts that end the answer and are not part of it.
     pub(super) stop: Option<Texts>,
 }
 
 impl Choosing {
-    /// The engine's parameters, checked as far as they can be without a model.
+    /// The engine's parameters, with the `logprobs` likeliest tokens of each place, checked as far as they can be without
+    /// a model.
     ///
     /// # Errors
     /// With the name of the parameter that is at fault.
-    pub(super) fn params(self, limits: &ServerLimits) -> Answer<GenerateParams> {
+    pub(super) fn params(self, logprobs: Option<usize>, limits: &ServerLimits) -> Answer<GenerateParams> {
         let sampling = self.sampling()?;
         let stop = self.stop.unwrap_or_default().into_vec();
         if stop.len() > limits.stop_strings {
@@ -57,7 +72,7 @@ impl Choosing {
             frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
             logit_bias: logit_bias.collect::<Answer<_>>()?,
-            logprobs: self.logprobs,
+            logprobs,
             stop,
             // Every number is a seed, those below 0 too.
             seed: self.seed.unwrap_or_default().cast_unsigned(),
@@ -83,6 +98,14 @@ impl Choosing {
         }
         named("temperature", of(self.temperature, top_p, self.top_k, min_p))
     }
+}
+
+/// Refuses what only `model` can tell to be wrong, as the engine would, with the name that the parameter has here.
+///
+/// # Errors
+/// For a bias of what is no token.
+pub(super) fn check(params: &GenerateParams, model: &Model) -> Answer<()> {
+    named("logit_bias", params.validate_for(model.engine.facts().tokenizer.vocabulary()))
 }
 
 /// Refuses what the engine would, with the name that the parameter has here.
@@ -139,7 +162,7 @@ mod tests {
     use super::*;
 
     fn sampling(choosing: Choosing) -> Sampling {
-        choosing.params(&ServerLimits::default()).unwrap().sampling
+        choosing.params(None, &ServerLimits::default()).unwrap().sampling
     }
 
     #[test]
@@ -165,14 +188,17 @@ mod tests {
 
     #[test]
     fn a_fault_names_the_parameter() {
-        let check = |change: fn(&mut Choosing), param: &str| {
-            let mut choosing = Choosing::default();
-            change(&mut choosing);
-            let body = choosing.params(&ServerLimits::default()).unwrap_err().body();
+        let refused = |choosing: Choosing, logprobs: Option<usize>, param: &str| {
+            let body = choosing.params(logprobs, &ServerLimits::default()).unwrap_err().body();
             assert_eq!(body["error"]["param"], param, "{body}");
             assert_eq!(body["error"]["code"], "invalid_value", "{body}");
             let message = body["error"]["message"].as_str().unwrap();
             assert!(message.contains(param.trim_start_matches("top_log")), "{message}");
+        };
+        let check = |change: fn(&mut Choosing), param: &str| {
+            let mut choosing = Choosing::default();
+            change(&mut choosing);
+            refused(choosing, None, param);
         };
         check(|asked| asked.temperature = Some(-1.0), "temperature");
         check(|asked| asked.temperature = Some(f32::INFINITY), "temperature");
@@ -186,7 +212,7 @@ mod tests {
         check(|asked| asked.presence_penalty = Some(-2.5), "presence_penalty");
         check(|asked| asked.logit_bias = [("5".to_owned(), 101.0)].into(), "logit_bias");
         check(|asked| asked.logit_bias = [("five".to_owned(), 1.0)].into(), "logit_bias");
-        check(|asked| asked.logprobs = Some(21), "top_logprobs");
+        refused(Choosing::default(), Some(21), "top_logprobs");
         check(|asked| asked.stop = Some(Texts::One(String::new())), "stop");
         check(|asked| asked.stop = Some(Texts::Several(vec!["a".to_owned(); 17])), "stop");
     }

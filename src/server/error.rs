@@ -30,6 +30,12 @@ const RETRY_BUSY: u64 = 1;
 /// Seconds after which a client may ask again while the model loads or another replica takes over.
 const RETRY_AWAY: u64 = 5;
 
+/// The parameter that holds what the model reads, as chats call it.
+pub(super) const CHAT: &str = "messages";
+
+/// The parameter that bounds an answer, as most endpoints call it.
+pub(super) const LENGTH: &str = "max_tokens";
+
 /// `type` of what the caller can mend.
 const INVALID: &str = "invalid_request_error";
 
@@ -117,6 +123,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID, message).about("model").coded("model_not_found")
     }
 
+    /// No model is named, and which of `names` is meant cannot be known.
+    pub(super) fn unnamed_model(names: &[&str]) -> Self {
+        let message = format!("the request names no model; give as model one of {}", names.join(", "));
+        Self::new(StatusCode::NOT_FOUND, INVALID, message).about("model").coded("model_not_found")
+    }
+
     /// Too many requests at once.
     pub(super) fn busy(message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
@@ -151,6 +163,12 @@ impl ApiError {
         Self { param: Some(param.to_owned()), ..self }
     }
 
+    /// The same, about `param` where the caller can mend it and it is about nothing yet.
+    pub(super) fn or_about(self, param: &str) -> Self {
+        let open = self.param.is_none() && self.status == StatusCode::BAD_REQUEST;
+        if open { self.about(param) } else { self }
+    }
+
     /// The same, where it is about `one`, which the endpoint calls `other`.
     pub(super) fn renamed(self, one: &str, other: &str) -> Self {
         if self.param.as_deref() == Some(one) { self.about(other) } else { self }
@@ -181,6 +199,7 @@ impl From<Error> for ApiError {
                 let told = Self::invalid(error.to_string());
                 match error {
                     Error::TooLong { .. } => told.coded("context_length_exceeded"),
+                    Error::NoRoom { .. } => told.about(LENGTH).coded("invalid_value"),
                     Error::Image { .. } => told.coded("invalid_image"),
                     _ => told.coded("invalid_value"),
                 }

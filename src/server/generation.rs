@@ -10,7 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout_at;
 
-use super::error::{Answer, ApiError};
+use super::error::{Answer, ApiError, CHAT};
 use super::log::Entry;
 use super::models::{Model, Offered};
 use super::state::AppState;
@@ -88,7 +88,7 @@ impl Generation {
     /// Prepares requests on a thread that may block, and queues them.
     ///
     /// # Errors
-    /// Those of `prepare`, and what the engine refuses.
+    /// Those of `prepare`, and what the engine refuses, with parameters called as chats do.
     pub(super) async fn start(
         state: &AppState,
         model: &Offered,
@@ -121,7 +121,9 @@ impl Generation {
                         Err(_) => ControlFlow::Break(()),
                     }
                 };
-                model.engine.submit(request, Box::new(sink))?;
+                // What it refuses and does not name is the prompt: everything else was looked at before.
+                let refused = |error| ApiError::from(error).or_about(CHAT);
+                model.engine.submit(request, Box::new(sink)).map_err(refused)?;
             }
             Ok(count)
         };

@@ -13,14 +13,53 @@ use tokio::time::timeout;
 use super::error::{Answer, ApiError};
 use super::state::{AppState, BUFFER_UNIT};
 
-/// The body of a request, as JSON.
-///
-/// `T` is a struct of which every field has a default. A member that it lacks is refused by name; `null` is as if the
-/// member were not there.
+/// The body of a request, as JSON. A member that `T` lacks is refused by name; `null` is as if the member were not there.
 #[derive(Debug)]
 pub(super) struct Body<T>(pub(super) T);
 
-impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for Body<T> {
+/// What the members of a body are read as: a struct of which every field has a default, or [`Parts`].
+pub(super) trait Members: Sized {
+    /// The names of the members.
+    fn names() -> Vec<&'static str>;
+
+    /// Reads `members`, which are those of `bytes` that are not `null` and have one of the names.
+    ///
+    /// # Errors
+    /// With the name of a member that cannot be read.
+    fn read(members: Map<String, Value>, bytes: &[u8]) -> Answer<Self>;
+}
+
+impl<T: DeserializeOwned> Members for T {
+    fn names() -> Vec<&'static str> {
+        fields::<T>().to_vec()
+    }
+
+    fn read(members: Map<String, Value>, bytes: &[u8]) -> Answer<Self> {
+        serde_json::from_value(Value::Object(members))
+            .map_err(|fault| blamed::<T>(bytes).unwrap_or_else(|| ApiError::invalid(fault.to_string())))
+    }
+}
+
+/// Members that three structs share out among them. Serde's own way to do that, `flatten`, takes in unknown members.
+#[derive(Debug)]
+pub(super) struct Parts<A, B, C>(pub(super) A, pub(super) B, pub(super) C);
+
+impl<A: Members, B: Members, C: Members> Members for Parts<A, B, C> {
+    fn names() -> Vec<&'static str> {
+        [A::names(), B::names(), C::names()].concat()
+    }
+
+    fn read(members: Map<String, Value>, bytes: &[u8]) -> Answer<Self> {
+        let of = |names: Vec<&str>, members: Map<String, Value>| -> (Map<_, _>, Map<_, _>) {
+            members.into_iter().partition(|(name, _)| names.contains(&name.as_str()))
+        };
+        let (first, rest) = of(A::names(), members);
+        let (second, third) = of(B::names(), rest);
+        Ok(Self(A::read(first, bytes)?, B::read(second, bytes)?, C::read(third, bytes)?))
+    }
+}
+
+impl<T: Members + Send + 'static> FromRequest<AppState> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Answer<Self> {
@@ -76,26 +115,27 @@ async fn collect(request: Request, state: &AppState) -> Answer<(Bytes, Vec<Owned
 }
 
 /// Reads `bytes` as a `T`.
-pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Answer<T> {
+pub(super) fn parse<T: Members>(bytes: &[u8]) -> Answer<T> {
     let value = serde_json::from_slice(bytes)
         .map_err(|e| ApiError::malformed(format!("the body is not JSON ({e}); send one object")))?;
     let Value::Object(mut members) = value else {
         return Err(ApiError::malformed("the body is JSON but no object; send one object"));
     };
     members.retain(|_, value| !value.is_null());
-    let known = fields::<T>();
+    let known = T::names();
     if let Some(name) = members.keys().find(|name| !known.contains(&name.as_str())) {
         return Err(ApiError::unsupported(name, ""));
     }
-    serde_json::from_value(Value::Object(members))
-        .map_err(|fault| blamed::<T>(bytes).unwrap_or_else(|| ApiError::invalid(fault.to_string())))
+    T::read(members, bytes)
 }
 
-/// The member that cannot be read, and why: they are tried one at a time, since what serde says of a whole object does
-/// not name the member.
+/// The member of `T` that cannot be read, and why: they are tried one at a time, since what serde says of a whole object
+/// does not name the member.
 fn blamed<T: DeserializeOwned>(bytes: &[u8]) -> Option<ApiError> {
     let members: Map<String, Value> = serde_json::from_slice(bytes).ok()?;
-    members.into_iter().filter(|(_, value)| !value.is_null()).find_map(|(name, value)| {
+    let known = fields::<T>();
+    let members = members.into_iter().filter(|(name, value)| known.contains(&&name[..]) && !value.is_null());
+    members.into_iter().find_map(|(name, value)| {
         let alone = Map::from_iter([(name.clone(), value)]);
         let fault = serde_json::from_value::<T>(Value::Object(alone)).err()?;
         Some(ApiError::value(&name, format!("{name} cannot be read: {fault}")))
@@ -103,7 +143,7 @@ fn blamed<T: DeserializeOwned>(bytes: &[u8]) -> Option<ApiError> {
 }
 
 /// The names of the fields of `T`.
-pub(super) fn fields<T: DeserializeOwned>() -> &'static [&'static str] {
+fn fields<T: DeserializeOwned>() -> &'static [&'static str] {
     let mut names: &'static [&'static str] = &[];
     // The attempt always fails; what it asked for is what is wanted.
     let _ = T::deserialize(Names(&mut names));
@@ -191,6 +231,37 @@ mod tests {
             wrong["message"],
             "temperature cannot be read: invalid type: string \"hot\", expected f32"
         );
+    }
+
+    #[test]
+    fn structs_share_the_members_out_and_a_fault_in_each_is_named() {
+        #[derive(Debug, Default, PartialEq, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        struct Second {
+            top_p: Option<f32>,
+        }
+
+        #[derive(Debug, Default, PartialEq, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        struct Third {
+            user: Option<String>,
+        }
+
+        type All = Parts<Asked, Second, Third>;
+        let Parts(asked, second, third) =
+            parse::<All>(br#"{"top_p": 0.5, "user": "u", "stop": ["a"], "model": null}"#).unwrap();
+        assert_eq!(asked, Asked { stop: vec!["a".to_owned()], ..Asked::default() });
+        assert_eq!((second.top_p, third.user.as_deref()), (Some(0.5), Some("u")));
+        assert_eq!(All::names(), ["model", "temperature", "stop", "top_p", "user"]);
+        for (body, param, code) in [
+            (r#"{"model": "m", "top_p": "half"}"#, "top_p", "invalid_value"),
+            (r#"{"model": "m", "user": 1}"#, "user", "invalid_value"),
+            (r#"{"stop": 1, "user": "u"}"#, "stop", "invalid_value"),
+            (r#"{"user": "u", "tools": []}"#, "tools", "unsupported_parameter"),
+        ] {
+            let fault = parse::<All>(body.as_bytes()).unwrap_err().body();
+            assert_eq!((&fault["error"]["param"], &fault["error"]["code"]), (&param.into(), &code.into()));
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use super::error::{Answer, ApiError};
+use super::models::Tally;
 use super::otel::Trace;
 use super::state::AppState;
 use crate::engine::EngineLoad;
@@ -63,8 +64,17 @@ pub(super) struct Served {
     pub(super) load: EngineLoad,
 }
 
+/// The models as they are now.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Seen {
+    /// Those that are open.
+    pub(super) served: Vec<Served>,
+    /// How often each came and went, by its name.
+    pub(super) tallies: Vec<(String, Tally)>,
+}
+
 /// Gives the models as they are now.
-type Source = Box<dyn Fn() -> Vec<Served> + Send + Sync>;
+type Source = Box<dyn Fn() -> Seen + Send + Sync>;
 
 /// Everything that is counted. Clones count together.
 #[derive(Clone)]
@@ -87,7 +97,7 @@ struct Inner {
 
 impl Metrics {
     /// Nothing counted yet; `source` is asked at each reading.
-    pub(super) fn new(source: impl Fn() -> Vec<Served> + Send + Sync + 'static) -> Self {
+    pub(super) fn new(source: impl Fn() -> Seen + Send + Sync + 'static) -> Self {
         let mut registry = Registry::default();
         registry.register_collector(Box::new(Now(Box::new(source))));
         let own = registry.sub_registry_with_prefix("llava_phi");
@@ -298,9 +308,29 @@ impl fmt::Debug for Now {
 
 impl Collector for Now {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let models = (self.0)();
+        let Seen { served: models, tallies } = (self.0)();
         let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
         write(&mut encoder, "llava_phi_build", "The version that runs", [(version, ConstGauge::new(1_u64))])?;
+        let open = [(Vec::new(), ConstGauge::new(models.len() as u64))];
+        write(&mut encoder, "llava_phi_models_loaded", "Models that are open", open)?;
+        let loads = tallies.iter().flat_map(|(model, tally)| {
+            [("loaded", tally.loaded), ("failed", tally.failed), ("no_room", tally.no_room)].map(
+                |(result, count)| {
+                    let labels = vec![("model", model.clone()), ("result", result.to_owned())];
+                    (labels, ConstCounter::new(count))
+                },
+            )
+        });
+        write(
+            &mut encoder,
+            "llava_phi_model_loads",
+            "Attempts to open a model, by what came of them",
+            loads,
+        )?;
+        let unloads = tallies
+            .iter()
+            .map(|(model, tally)| (vec![("model", model.clone())], ConstCounter::new(tally.unloaded)));
+        write(&mut encoder, "llava_phi_model_unloads", "Models that were closed to make room", unloads)?;
         let component = |model: &str, report: &ComponentReport| {
             vec![
                 ("model", model.to_owned()),
@@ -379,8 +409,8 @@ mod tests {
     use crate::package::Component;
     use crate::runtime::{Refusal, Step, Target};
 
-    fn nothing() -> Vec<Served> {
-        Vec::new()
+    fn nothing() -> Seen {
+        Seen::default()
     }
 
     fn completion(tokens: usize) -> Completion {
@@ -520,15 +550,26 @@ mod tests {
     fn the_load_of_several_models_stands_under_one_description() {
         let metrics = Metrics::new(move || {
             let served = |model: &str, load| Served { model: model.to_owned(), reports: Arc::new([]), load };
-            vec![
+            let served = vec![
                 served("one", EngineLoad { waiting: 3, steps: 70, ..EngineLoad::default() }),
                 served("a \"quoted\"\\\nname", EngineLoad { steps: 8, ..EngineLoad::default() }),
-            ]
+            ];
+            let tally = Tally { loaded: 2, no_room: 1, unloaded: 1, ..Tally::default() };
+            Seen { served, tallies: vec![("one".to_owned(), tally)] }
         });
         let text = metrics.text().unwrap();
         check(&text);
         assert!(text.contains("llava_phi_waiting{model=\"one\"} 3\n"), "{text}");
         assert!(text.contains("llava_phi_steps_total{model=\"one\"} 70\n"), "{text}");
+        for line in [
+            "llava_phi_models_loaded{} 2\n",
+            "llava_phi_model_loads_total{model=\"one\",result=\"loaded\"} 2\n",
+            "llava_phi_model_loads_total{model=\"one\",result=\"no_room\"} 1\n",
+            "llava_phi_model_loads_total{model=\"one\",result=\"failed\"} 0\n",
+            "llava_phi_model_unloads_total{model=\"one\"} 1\n",
+        ] {
+            assert!(text.contains(line), "{line:?} is not in {text}");
+        }
         assert!(text.contains(r#"llava_phi_steps_total{model="a \"quoted\"\\\nname"} 8"#), "{text}");
     }
 }

@@ -11,6 +11,7 @@
 mod auth;
 mod chat_completions;
 mod choosing;
+mod common;
 mod completions;
 mod connection;
 mod error;
@@ -31,6 +32,7 @@ mod otel;
 mod page;
 mod pictures;
 mod remote_image;
+mod reply;
 mod response_format;
 mod responses;
 mod router;

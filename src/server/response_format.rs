@@ -4,7 +4,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::error::{Answer, ApiError};
-use crate::generate::constraint::ConstraintSpec;
+use super::models::Model;
+use crate::generate::constraint::{Constraint, ConstraintSpec};
 
 /// What an answer has to look like, in OpenAI's form.
 // Braces, since serde ignores what stands beside the tag of a variant without them.
@@ -78,6 +79,18 @@ impl Form {
             _ => Ok(first),
         }
     }
+}
+
+/// Compiles for `model` what an answer has to look like; a fault names the parameter that asks for it.
+pub(super) fn compiled(
+    model: &Model,
+    form: Option<(&'static str, ConstraintSpec)>,
+) -> Answer<Option<Constraint>> {
+    let compile = |(name, spec): (&str, ConstraintSpec)| {
+        let compiled = Constraint::new(&model.engine.facts().tokenizer, &spec);
+        compiled.map_err(|error| ApiError::from(error).about(name))
+    };
+    form.map(compile).transpose()
 }
 
 impl JsonSchema {

@@ -62,7 +62,7 @@ impl AppState {
             preparing: Arc::new(Semaphore::new(threads)),
             buffered: Arc::new(Semaphore::new(limits.buffered_bytes.div_ceil(BUFFER_UNIT).max(1))),
             options,
-            metrics: Metrics::new(move || served.get().map(Models::served).unwrap_or_default()),
+            metrics: Metrics::new(move || served.get().map(Models::seen).unwrap_or_default()),
             models,
             remote,
             traces,

@@ -18,6 +18,22 @@ fn joined(chunks: &[Value], index: usize) -> String {
 }
 
 #[test]
+fn where_one_model_is_served_none_need_be_named() {
+    let mut unnamed = asking(json!({}));
+    unnamed.as_object_mut().unwrap().remove("model");
+    for body in [unnamed, asking(json!({"model": null}))] {
+        let response = shared().chat(&body).json();
+        assert_eq!(response["choices"][0]["message"]["content"], "a red triangle", "{response}");
+        assert_eq!(response["model"], MODEL);
+    }
+    let prompt = json!({"prompt": "a", "max_tokens": 1});
+    for (path, body) in [("/v1/completions", prompt), ("/v1/responses", json!({"input": "a"}))] {
+        let response = shared().post(path, &body);
+        assert_eq!((response.status, &response.json()["model"]), (200, &json!(MODEL)), "{path}");
+    }
+}
+
+#[test]
 fn the_picture_is_seen_and_what_it_cost_is_told() {
     let response = shared().chat(&asking(json!({})));
     assert_eq!(content(&response), "a red triangle");

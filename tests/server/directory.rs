@@ -53,6 +53,10 @@ fn ask(server: &Server, model: &str) -> Response {
     server.chat(&asking(json!({"model": model})))
 }
 
+fn ask_unnamed(server: &Server) -> Response {
+    server.chat(&asking(json!({"model": null})))
+}
+
 fn answered(response: &Response) {
     assert_eq!(response.status, 200, "{response:?}");
     assert_eq!(response.json()["choices"][0]["message"]["content"], "a red triangle");
@@ -97,6 +101,8 @@ fn models_are_listed_unopened_and_opened_when_they_are_asked_for() {
     assert_eq!(server.get("/v1/models/two").json()["id"], "two");
     assert_eq!(server.get("/v1/models/none").status, 404);
     assert_eq!(ask(&server, "none").status, 404);
+    let unnamed = ask_unnamed(&server).refused(404, "model_not_found", Some("model"));
+    assert!(unnamed.contains("broken, one, two"), "{unnamed}");
     let metrics = server.get("/metrics").body;
     assert!(metrics.contains("model=\"one\"") && metrics.contains("model=\"two\""), "{metrics}");
 }
@@ -164,6 +170,17 @@ fn a_broken_package_tells_why_and_is_tried_again() {
     answered(&ask(&server, "one"));
     fs::copy(Path::new(TINY).join("manifest.json"), directory.path().join("broken/manifest.json")).unwrap();
     until("the mended model", || ask(&server, "broken").status == 200);
+    let metrics = server.get("/metrics").body;
+    for line in [
+        "llava_phi_models_loaded{} 1\n",
+        "llava_phi_model_loads_total{model=\"broken\",result=\"failed\"} 1\n",
+        "llava_phi_model_loads_total{model=\"broken\",result=\"loaded\"} 1\n",
+        "llava_phi_model_loads_total{model=\"one\",result=\"loaded\"} 1\n",
+        "llava_phi_model_loads_total{model=\"two\",result=\"loaded\"} 0\n",
+        "llava_phi_model_unloads_total{model=\"one\"} 1\n",
+    ] {
+        assert!(metrics.contains(line), "{line:?} is not in {metrics}");
+    }
 }
 
 #[test]

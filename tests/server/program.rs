@@ -164,12 +164,41 @@ fn settings_are_shown_with_their_origins_and_can_be_given_again() {
     assert_eq!(values(&show(again.to_str().unwrap(), &[], &[])), values(&shown));
 }
 
+#[test]
+fn a_variable_that_is_empty_is_as_if_it_were_not_there() {
+    let help = cli::end(cli::program().args(["serve", "--help"])).out;
+    let names: BTreeSet<&str> = help
+        .split("[env: ")
+        .skip(1)
+        .filter_map(|rest| rest.split(['=', ']']).next())
+        .chain(["LLAVA_PHI_LOG", "LLAVA_PHI_CACHE", "LLAVA_PHI_OFFLINE", "LLAVA_PHI_RUNTIME_LIBRARY"])
+        .collect();
+    assert!(names.contains("LLAVA_PHI_SERVE_PORT") && names.contains("LLAVA_PHI_CONFIG"), "{names:?}");
+    for command in [&["serve", "--print-config"][..], &["inspect"], &["completions", "bash"]] {
+        let run = |value: Option<&str>| {
+            let mut program = cli::program();
+            for name in &names {
+                match value {
+                    Some(value) => program.env(name, value),
+                    None => program.env_remove(name),
+                };
+            }
+            cli::end(program.args(command))
+        };
+        let (without, empty) = (run(None), run(Some("")));
+        assert_eq!((empty.code, &empty.err), (Some(0), &without.err), "{command:?}");
+        assert_eq!(empty.out, without.out, "{command:?}");
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn each_line_of_the_log_is_an_object_where_that_is_asked_for() {
     let mut command = support::program();
     command.args(["serve", "--port", "0", "--log-format", "json"]);
     command.env("LLAVA_PHI_CACHE", concat!(env!("CARGO_TARGET_TMPDIR"), "/no-cache"));
+    // As if it were not there: requests are logged.
+    command.env("LLAVA_PHI_LOG", "");
     let mut child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut said = BufReader::new(child.stderr.take().unwrap());
     let mut line = || {
@@ -191,4 +220,53 @@ fn each_line_of_the_log_is_an_object_where_that_is_asked_for() {
     for secret in ["What is in", "triangle", "base64"] {
         assert!(!request.to_string().contains(secret), "{request}");
     }
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_is_told_of_once_and_every_line_is_an_object() {
+    let directory = TempDir::new().unwrap();
+    fs::write(directory.path().join("file"), "").unwrap();
+    let cache = directory.path().join("file/cache");
+    let mut command = support::program();
+    command.args(["serve", "--port", "0", "--visual-tokens", "16", "--log-format", "json", "--cache-dir"]);
+    let mut child = command.arg(&cache).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut lines: Vec<serde_json::Value> = Vec::new();
+    let message = |line: &serde_json::Value| line["message"].as_str().unwrap_or_default().to_owned();
+    while lines.last().is_none_or(|line| message(line) != "request") {
+        let mut line = String::new();
+        assert!(said.read_line(&mut line).unwrap() > 0, "it ended: {lines:?}");
+        lines.push(serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line:?}")));
+        if message(&lines[lines.len() - 1]) == "ready" {
+            let address = message(&lines[0]);
+            let address = address.strip_prefix("listening on http://").unwrap().parse().unwrap();
+            let body = asking(json!({"model": null})).to_string();
+            let headers = ["Content-Type: application/json"];
+            assert_eq!(send(address, "POST", "/v1/chat/completions", &headers, &body).status, 200);
+        }
+    }
+    let _ = (child.kill(), child.wait());
+    let cache = cache.to_str().unwrap();
+    let told: Vec<_> = lines.iter().filter(|line| line.to_string().contains(cache)).collect();
+    assert_eq!(told.len(), 1, "{lines:?}");
+    for word in ["nothing is kept for later runs", "use another directory", "--cache-dir"] {
+        assert!(message(told[0]).contains(word), "{word:?} is not in {told:?}");
+    }
+    assert!(lines.iter().any(|line| message(line).starts_with("notice: ") && line != told[0]), "{lines:?}");
+}
+
+#[test]
+fn what_ends_it_is_an_object_too_where_that_is_asked_for() {
+    let directory = TempDir::new().unwrap();
+    let words = ["serve", "--port", "0", "--log-format", "json", "--model"];
+    let run = cli::end(cli::program().args(words).arg(directory.path()));
+    assert_eq!(run.code, Some(3), "{run:?}");
+    let lines: Vec<serde_json::Value> = run
+        .err
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line:?}")))
+        .collect();
+    let last = lines.last().unwrap();
+    assert_eq!(last["level"], "ERROR");
+    assert!(last["message"].as_str().unwrap().starts_with("package "), "{last}");
 }

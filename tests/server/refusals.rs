@@ -90,7 +90,11 @@ fn a_value_that_means_nothing_is_refused_by_name() {
     shared().chat(&both).refused(400, "invalid_value", Some("max_tokens"));
     let too_many = asking(json!({"logprobs": true, "top_logprobs": 21}));
     shared().chat(&too_many).refused(400, "invalid_value", Some("top_logprobs"));
-    shared().chat(&asking(json!({"logit_bias": {"580": 1}}))).refused(400, "invalid_value", None);
+    shared().chat(&asking(json!({"logit_bias": {"580": 1}}))).refused(
+        400,
+        "invalid_value",
+        Some("logit_bias"),
+    );
     for prompt in [json!([]), json!([1, 2]), json!([[1]]), json!({})] {
         let body = json!({"model": MODEL, "prompt": prompt});
         shared().post("/v1/completions", &body).refused(400, "invalid_value", Some("prompt"));
@@ -144,13 +148,29 @@ fn messages_that_no_model_can_read_are_refused() {
 fn what_does_not_fit_is_refused() {
     let text = "word ".repeat(2000);
     let body = said(json!([{"role": "user", "content": text}]));
-    shared().chat(&body).refused(400, "context_length_exceeded", None);
+    shared().chat(&body).refused(400, "context_length_exceeded", Some("messages"));
+    let completion = |more: Value| shared().post("/v1/completions", &with(json!({"model": MODEL}), more));
+    let response = |more: Value| shared().post("/v1/responses", &with(json!({"model": MODEL}), more));
+    completion(json!({"prompt": text})).refused(400, "context_length_exceeded", Some("prompt"));
+    completion(json!({"prompt": ["short", text]})).refused(400, "context_length_exceeded", Some("prompt"));
+    completion(json!({"prompt": ""})).refused(400, "invalid_value", Some("prompt"));
+    response(json!({"input": text})).refused(400, "context_length_exceeded", Some("input"));
     let text = "x".repeat(200_001);
     let body = said(json!([{"role": "user", "content": text}]));
     shared().chat(&body).refused(400, "prompt_too_long", Some("messages"));
     let body = json!({"model": MODEL, "prompt": text});
     shared().post("/v1/completions", &body).refused(400, "prompt_too_long", Some("prompt"));
-    shared().chat(&asking(json!({"max_tokens": 10_000}))).refused(400, "invalid_value", None);
+    for (name, none) in [("max_tokens", 0), ("max_completion_tokens", 0), ("max_tokens", 10_000)] {
+        shared().chat(&asking(json!({name: none}))).refused(400, "invalid_value", Some(name));
+    }
+    let length = "max_completion_tokens";
+    shared().chat(&asking(json!({length: 10_000}))).refused(400, "invalid_value", Some(length));
+    let length = json!({"prompt": "a", "max_tokens": 10_000});
+    completion(length).refused(400, "invalid_value", Some("max_tokens"));
+    let length = json!({"input": "a", "max_output_tokens": 10_000});
+    response(length).refused(400, "invalid_value", Some("max_output_tokens"));
+    let biased = json!({"prompt": "a", "logit_bias": {"580": 1}});
+    completion(biased).refused(400, "invalid_value", Some("logit_bias"));
 }
 
 #[test]
@@ -178,7 +198,11 @@ fn paths_methods_and_bodies_are_checked() {
     assert_eq!(send(server.address, "POST", path, &typed, &body).status, 200);
     let unknown = server.chat(&with(asking(json!({})), json!({"model": "gpt-4o"})));
     unknown.refused(404, "model_not_found", Some("model"));
-    server.chat(&json!({"messages": []})).refused(404, "model_not_found", Some("model"));
+    server.chat(&with(asking(json!({})), json!({"model": ""}))).refused(
+        404,
+        "model_not_found",
+        Some("model"),
+    );
 }
 
 #[test]

@@ -230,7 +230,7 @@ fn what_is_not_supported_is_refused_by_name() {
     ask(&asking(url("https://example.org/a.png"))).refused(400, "invalid_image", Some("input"));
     ask(&asking(url("file:///etc/passwd"))).refused(400, "invalid_image_url", Some("input"));
     ask(&asking(url("data:image/png;base64,AAEC"))).refused(400, "invalid_image", Some("input"));
-    ask(&json!({"input": "a"})).refused(404, "model_not_found", Some("model"));
+    ask(&json!({"model": "another", "input": "a"})).refused(404, "model_not_found", Some("model"));
 }
 
 #[test]

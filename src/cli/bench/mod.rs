@@ -17,9 +17,10 @@ use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::context::{Context, ModelArguments};
+use super::context::Context;
 use super::figures::{self, Served};
 use super::interrupt;
+use super::model::ModelArguments;
 use crate::chat::conversation::{Message, Part};
 use crate::chat::template;
 use crate::engine::ModelFacts;

@@ -74,7 +74,7 @@ impl Layers {
         variable: &dyn Fn(&str) -> Option<OsString>,
     ) -> Result<Self> {
         let file = chosen(words, variable)?;
-        let program = with_variables(program);
+        let program = without_empty(with_variables(program), variable);
         let asked = program.clone().ignore_errors(true).try_get_matches_from(words).ok();
         let asked = asked.as_ref().and_then(ArgMatches::subcommand_name).map(str::to_owned);
         let mut layers = Self { program, origins: BTreeMap::new() };
@@ -97,7 +97,7 @@ impl Layers {
         Ok(())
     }
 
-    /// Makes defaults of what variables say, so that a fault in one names it; an empty one is as if it were not there.
+    /// Makes defaults of what variables say, so that a fault in one names it.
     fn lay_environment(
         &mut self,
         asked: Option<&str>,
@@ -114,7 +114,6 @@ impl Layers {
             let Some(text) = value.to_str() else { continue };
             self.change(asked, arg.get_id().as_str(), |arg| arg.env(Resettable::Reset));
             let values: Vec<String> = match text {
-                "" => continue,
                 list if is_list(&arg) => list.split(',').map(|item| item.trim().to_owned()).collect(),
                 text => vec![text.to_owned()],
             };
@@ -180,6 +179,14 @@ fn with_variables(program: Command) -> Command {
         return program;
     }
     program.mut_subcommand(SERVE, |command| command.mut_args(|arg| named("LLAVA_PHI_SERVE_", arg)))
+}
+
+/// The program, to which a variable that is empty is as if it were not there.
+fn without_empty(program: Command, variable: &dyn Fn(&str) -> Option<OsString>) -> Command {
+    let is_empty = |name: &OsStr| name.to_str().and_then(variable).is_some_and(|value| value.is_empty());
+    let program = program
+        .mut_args(|arg| if arg.get_env().is_some_and(is_empty) { arg.env(Resettable::Reset) } else { arg });
+    program.mut_subcommands(|command| without_empty(command, variable))
 }
 
 /// The setting `key` of the command `asked`, or of all.

@@ -18,8 +18,9 @@ use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
-use super::context::{self, Context};
+use super::context::Context;
 use super::interrupt;
+use super::model::{open_package, parse_threads};
 use super::session::SessionArguments;
 use crate::engine::cancel::CancelToken;
 use crate::error::{Error, Result};
@@ -68,7 +69,7 @@ pub(super) struct Arguments {
     session: SessionArguments,
 
     /// Threads to measure providers with that run on the processor; one, half and all of its cores otherwise
-    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', value_parser = context::parse_threads)]
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', value_parser = parse_threads)]
     threads: Vec<NonZeroUsize>,
 
     /// Tokens to decode behind the prompt
@@ -119,12 +120,12 @@ fn parse_one(text: &str) -> Result<One, String> {
 pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<ExitCode> {
     if let Some(one) = &arguments.candidate {
         child::end_with_parent();
-        let package = context::open_package(arguments.model.as_deref())?;
+        let package = open_package(arguments.model.as_deref())?;
         context.start_runtime()?;
         child::tell(&arguments.measure(context, &package, one)?)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let package = context::open_package(arguments.model.as_deref())?;
+    let package = open_package(arguments.model.as_deref())?;
     let work = Workload::new(&package, arguments.decoder_steps.get())?;
     let limit = arguments.session.options(context)?.memory_limit;
     let cache = context.cache_dir().ok_or_else(|| {

@@ -140,25 +140,22 @@ pub fn measure(
     let mut bench = Bench::new(model, facts, preprocessor, scene, wishes)?;
     let begin = Instant::now();
     let mut measurements = Vec::new();
-    let measured = cancel.during(
-        move || canceler.cancel(),
-        || {
-            for (number, job) in jobs.iter().enumerate() {
-                let name = job.name();
-                // What is left is shared by what is left to do, so that one thing does not take the time of all others.
-                let left = wishes.budget.saturating_sub(begin.elapsed());
-                let share = left / u32::try_from(jobs.len() - number).unwrap_or(u32::MAX);
-                let mut tell = |done| {
-                    progress(Step { name: &name, done, job: number, jobs: jobs.len() });
-                    if cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
-                };
-                let pace = Pace { begin: Instant::now(), share, wishes, tell: &mut tell };
-                measurements.extend(bench.job(*job, pace)?);
-                marks.mark(&name);
-            }
-            Ok(())
-        },
-    );
+    let measured = cancel.during(canceler, || {
+        for (number, job) in jobs.iter().enumerate() {
+            let name = job.name();
+            // What is left is shared by what is left to do, so that one thing does not take the time of all others.
+            let left = wishes.budget.saturating_sub(begin.elapsed());
+            let share = left / u32::try_from(jobs.len() - number).unwrap_or(u32::MAX);
+            let mut tell = |done| {
+                progress(Step { name: &name, done, job: number, jobs: jobs.len() });
+                if cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+            };
+            let pace = Pace { begin: Instant::now(), share, wishes, tell: &mut tell };
+            measurements.extend(bench.job(*job, pace)?);
+            marks.mark(&name);
+        }
+        Ok(())
+    });
     measured?;
     let busy = busy.and_then(|watch| watch.stop(&roots));
     Ok(Figures { measurements, left_out, memory: marks.marks, busy })

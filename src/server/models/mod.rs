@@ -3,12 +3,13 @@
 //! A model is lent to each request that it answers. One that nobody has borrowed may be closed to make room.
 
 mod directory;
+mod place;
 mod registry;
 
 use std::sync::Arc;
 
 use super::error::{Answer, ApiError};
-use super::metrics::Served;
+use super::metrics::{Seen, Served};
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::package::Component;
@@ -16,7 +17,7 @@ use crate::package::manifest::Fit;
 use registry::Registry;
 
 pub use directory::ModelsDirectory;
-pub(super) use registry::Condition;
+pub(super) use place::{Condition, Tally};
 
 /// A model that answers.
 #[derive(Clone, Debug)]
@@ -66,14 +67,24 @@ impl Models {
         Ok(models)
     }
 
-    /// The model that requests call `name`, open or not.
-    pub(super) fn get(&self, name: &str) -> Answer<Offered> {
-        let index = self.0.position(name).ok_or_else(|| ApiError::no_model(name))?;
-        Ok(Offered { name: name.to_owned(), registry: Arc::clone(&self.0), index })
+    /// The model that requests call `name`, open or not; without a name the one that stays.
+    ///
+    /// # Errors
+    /// When there is no such model, or none is named and those of a directory are served.
+    pub(super) fn get(&self, name: Option<&str>) -> Answer<Offered> {
+        let index = match name {
+            Some(name) => self.0.position(name).ok_or_else(|| ApiError::no_model(name))?,
+            None => self.0.only().ok_or_else(|| ApiError::unnamed_model(&self.0.names()))?,
+        };
+        Ok(Offered { name: self.0.name(index).to_owned(), registry: Arc::clone(&self.0), index })
     }
 
-    /// All models that are open, as metrics show them.
-    pub(super) fn served(&self) -> Vec<Served> {
+    /// How often each model came and went, and those that are open, as metrics show them.
+    pub(super) fn seen(&self) -> Seen {
+        Seen { served: self.served(), tallies: self.0.tallies() }
+    }
+
+    fn served(&self) -> Vec<Served> {
         let mut served = Vec::new();
         self.0.each(|_, condition| {
             if let Condition::Ready(model) = condition {

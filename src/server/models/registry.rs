@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
 use super::directory::ModelsDirectory;
+use super::place::{Attempt, Condition, Failure, Place, State, Tally};
 use super::{Model, Offer};
 use crate::error::{Error, Result, size};
 use crate::machine::{Memory, Roots};
@@ -31,56 +32,6 @@ pub(super) struct Registry {
     turn: Arc<tokio::sync::Mutex<()>>,
 }
 
-#[derive(Debug)]
-struct Place {
-    state: State,
-    /// Requests that wait for it.
-    waiting: usize,
-    /// The count of uses when it was last borrowed.
-    used: u64,
-}
-
-impl Place {
-    fn held(&self) -> u64 {
-        match self.state {
-            State::Ready(_, held) => held,
-            _ => 0,
-        }
-    }
-}
-
-/// An attempt to open a model, and once it has ended what came of it.
-type Attempt = watch::Receiver<Option<Answer<()>>>;
-
-#[derive(Debug)]
-enum State {
-    Unloaded,
-    Loading(Attempt),
-    /// Open; with the bytes that it takes, where that was planned.
-    Ready(Arc<Model>, u64),
-    Failed(Failure),
-}
-
-#[derive(Clone, Debug)]
-struct Failure {
-    reason: String,
-    /// Until then it is not tried again.
-    until: Instant,
-}
-
-/// How a model is now.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::server) enum Condition<'a> {
-    /// Nobody has asked for it, or it had to leave.
-    Unloaded,
-    /// It is being opened.
-    Loading,
-    /// It answers.
-    Ready(&'a Arc<Model>),
-    /// It could not be opened, for this reason.
-    Failed(&'a str),
-}
-
 /// Why a model is not open.
 enum Refused {
     /// Models that answer take the room.
@@ -94,13 +45,12 @@ impl Registry {
         let facts = model.engine.facts();
         let positions = Some((facts.context, facts.tokens_per_image));
         let offer = Offer { name: model.name.clone(), created: model.created, positions };
-        let places = vec![Place { state: State::Ready(Arc::new(model), 0), waiting: 0, used: 0 }];
+        let places = vec![Place::of(model)];
         Self { places: Mutex::new(places), ..Self::new(vec![offer], None) }
     }
 
     pub(super) fn new(offers: Vec<Offer>, directory: Option<ModelsDirectory>) -> Self {
-        let place = || Place { state: State::Unloaded, waiting: 0, used: 0 };
-        let places = Mutex::new(offers.iter().map(|_| place()).collect());
+        let places = Mutex::new(offers.iter().map(|_| Place::default()).collect());
         let (uses, closed) = (AtomicU64::new(1), watch::Sender::new(false));
         Self { offers, directory, places, uses, closed, turn: Arc::default() }
     }
@@ -113,18 +63,37 @@ impl Registry {
         self.offers.iter().position(|offer| offer.name == name)
     }
 
+    /// The place of the model that is served alone and stays.
+    pub(super) fn only(&self) -> Option<usize> {
+        (self.directory.is_none() && self.offers.len() == 1).then_some(0)
+    }
+
+    /// What requests call the model at `index`.
+    pub(super) fn name(&self, index: usize) -> &str {
+        &self.offers[index].name
+    }
+
+    /// What requests call the models.
+    pub(super) fn names(&self) -> Vec<&str> {
+        self.offers.iter().map(|offer| &offer.name[..]).collect()
+    }
+
     /// Shows every model and how it is. No model is borrowed meanwhile.
     pub(super) fn each(&self, mut show: impl FnMut(&Offer, Condition<'_>)) {
         let places = self.places();
         for (offer, place) in self.offers.iter().zip(places.iter()) {
-            let condition = match &place.state {
-                State::Unloaded => Condition::Unloaded,
-                State::Loading(_) => Condition::Loading,
-                State::Ready(model, _) => Condition::Ready(model),
-                State::Failed(failure) => Condition::Failed(&failure.reason),
-            };
-            show(offer, condition);
+            show(offer, place.condition());
         }
+    }
+
+    /// How often each model came and went, by its name.
+    pub(super) fn tallies(&self) -> Vec<(String, Tally)> {
+        let places = self.places();
+        self.offers
+            .iter()
+            .zip(places.iter())
+            .map(|(offer, place)| (offer.name.clone(), place.tally))
+            .collect()
     }
 
     pub(super) fn close(&self) {
@@ -276,13 +245,21 @@ impl Registry {
         });
         let place = idle.min_by_key(|place| place.used)?;
         match mem::replace(&mut place.state, State::Unloaded) {
-            State::Ready(model, _) => Some(model),
+            State::Ready(model, _) => {
+                place.tally.unloaded += 1;
+                Some(model)
+            }
             _ => None,
         }
     }
 
     /// Remembers how opening a model went.
     fn settle(&self, index: usize, opened: Result<(Model, u64), Refused>) -> Result<(), Refused> {
+        let count: fn(&mut Tally) -> &mut u64 = match &opened {
+            Ok(_) => |tally| &mut tally.loaded,
+            Err(Refused::Busy(_)) => |tally| &mut tally.no_room,
+            Err(Refused::Failed(_)) => |tally| &mut tally.failed,
+        };
         let (state, result) = match opened {
             Ok((model, held)) => (State::Ready(Arc::new(model), held), Ok(())),
             Err(Refused::Busy(reason)) => (State::Unloaded, Err(Refused::Busy(reason))),
@@ -296,6 +273,7 @@ impl Registry {
         let mut places = self.places();
         places[index].used = self.uses.fetch_add(1, Ordering::Relaxed);
         places[index].state = state;
+        *count(&mut places[index].tally) += 1;
         result
     }
 

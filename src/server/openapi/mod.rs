@@ -28,9 +28,8 @@ fn document() -> Value {
 mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
-    use serde::de::DeserializeOwned;
-
-    use super::super::{chat_completions, completions, json, responses};
+    use super::super::json::Members;
+    use super::super::{chat_completions, completions, responses};
     use super::*;
 
     /// The routes as the router names them, with their methods.
@@ -78,11 +77,11 @@ mod tests {
 
     #[test]
     fn a_request_has_the_fields_that_are_read_and_no_other() {
-        fn check<T: DeserializeOwned>(document: &Value, name: &str) {
+        fn check<T: Members>(document: &Value, name: &str) {
             let schema = &document["components"]["schemas"][name];
             let written: BTreeSet<&str> =
                 schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
-            assert_eq!(written, json::fields::<T>().iter().copied().collect(), "{name}");
+            assert_eq!(written, T::names().into_iter().collect(), "{name}");
             assert_eq!(schema["additionalProperties"], false, "{name}");
         }
         let document = document();

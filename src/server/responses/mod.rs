@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::chat_completions::Question;
 use super::choosing::Choosing;
-use super::error::{Answer, ApiError};
+use super::error::{Answer, ApiError, CHAT, LENGTH};
 use super::generation::Generation;
 use super::json::Body;
 use super::limits::ServerLimits;
@@ -34,8 +34,8 @@ use reply::Reply;
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Asked {
-    /// The model's name, as `/v1/models` lists it.
-    model: String,
+    /// The model's name, as `/v1/models` lists it; may be left out where one is served and not a directory of them.
+    model: Option<String>,
     /// The question, or the chat so far.
     input: Input,
     /// What holds for the whole chat, before what `input` says of that; it takes the place of the model's own.
@@ -153,14 +153,14 @@ pub(super) async fn answer(
     entry: Entry,
     Body(asked): Body<Asked>,
 ) -> Answer<Response> {
-    let model = state.models()?.get(&asked.model)?;
+    let model = state.models()?.get(asked.model.as_deref())?;
     asked.check()?;
     let stream = asked.stream;
     let reply = Reply::new(&state, &model, &asked);
     let mut question = asked.read(&state.options().limits)?;
     question.gather(&state, &entry).await.map_err(of_input)?;
-    let prepare = move |model: &Model| question.requests(model).map_err(of_input);
-    let generation = Generation::start(&state, &model, entry, prepare).await?;
+    let prepare = move |model: &Model| question.requests(model);
+    let generation = Generation::start(&state, &model, entry, prepare).await.map_err(of_input)?;
     if stream {
         return Ok(sse::response(generation, Streamed::new(reply)));
     }
@@ -206,10 +206,10 @@ impl Asked {
             max_tokens: self.max_output_tokens,
             temperature: self.temperature,
             top_p: self.top_p,
-            logprobs: self.wants_logprobs().then(|| self.top_logprobs.unwrap_or_default()),
             ..Choosing::default()
         };
-        let params = choosing.params(limits)?;
+        let logprobs = self.wants_logprobs().then(|| self.top_logprobs.unwrap_or_default());
+        let params = choosing.params(logprobs, limits)?;
         let form = self.text.unwrap_or_default().format.spec()?.map(|spec| ("text.format", spec));
         let chat = Conversation::new(self.input.into_messages()?, limits).map_err(of_input)?;
         let chat = chat.instructed(self.instructions.as_deref(), limits)?;
@@ -217,7 +217,7 @@ impl Asked {
     }
 }
 
-/// A fault of the chat, which this endpoint calls `input`.
+/// A fault by the names of this endpoint.
 fn of_input(error: ApiError) -> ApiError {
-    error.renamed("messages", "input")
+    error.renamed(CHAT, "input").renamed(LENGTH, "max_output_tokens")
 }
