@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 from soak import KNOWN, QUESTIONS, picture
-from streamed import Client
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benches" / "peers"))
@@ -32,6 +31,7 @@ sys.path.insert(0, str(ROOT / "benches" / "peers"))
 import facts  # noqa: E402
 from busy import Watch  # noqa: E402
 from process import memory  # noqa: E402
+from streamed import Client  # noqa: E402
 
 
 class Questions:
