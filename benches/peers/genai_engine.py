@@ -11,9 +11,9 @@ import onnx
 
 def write(source, directory):
     """Makes `directory` from `source`, a model that was built with `prune_lm_head=true`."""
-    directory.mkdir(parents=True)
     model = onnx.load(source / "model.onnx", load_external_data=False)
     unprune(model.graph)
+    directory.mkdir(parents=True)
     onnx.save(model, directory / "model.onnx")
     for file in source.iterdir():
         if file.name != "model.onnx":
@@ -37,9 +37,8 @@ def unprune(graph):
     graph.node.remove(gather)
     logits = next(output for output in graph.output if output.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
-    stale = {*unsqueeze.output, *gather.output}
-    for kept in [info for info in graph.value_info if info.name not in stale]:
-        if kept.name.startswith("/lm_head/"):
-            kept.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
-    for info in [info for info in graph.value_info if info.name in stale]:
-        graph.value_info.remove(info)
+    for info in list(graph.value_info):
+        if info.name in (*unsqueeze.output, *gather.output):
+            graph.value_info.remove(info)
+        elif info.name.startswith("/lm_head/"):
+            info.type.tensor_type.shape.dim[1].dim_param = "sequence_length"

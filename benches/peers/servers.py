@@ -47,7 +47,6 @@ class Server:
             self.process = self.launch(log)
         while not self.ready():
             if self.process.poll() is not None or time.perf_counter() - begin > timeout:
-                self.stop()
                 raise Failed(f"{self.title} did not start: {self.last_line()}")
             time.sleep(0.05)
         return time.perf_counter() - begin
@@ -78,6 +77,7 @@ class Server:
             text = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii", errors="replace")
         except OSError:
             return 0.0
+        # Behind the name, which may hold blanks.
         fields = text.rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
@@ -128,9 +128,12 @@ class InProcess(Server):
 
     def ask(self, questions, clients, timeout):
         asked = [{"text": question.text, "tokens": question.tokens} for question in questions]
-        self.process.stdin.write(json.dumps({"clients": clients, "questions": asked}) + "\n")
-        self.process.stdin.flush()
-        answered = self.line()
+        try:
+            self.process.stdin.write(json.dumps({"clients": clients, "questions": asked}) + "\n")
+            self.process.stdin.flush()
+            answered = self.line()
+        except BrokenPipeError:
+            answered = None
         if answered is None:
             raise Failed(f"{self.title} ended: {self.last_line()}")
         return answered
@@ -150,20 +153,21 @@ def servers(options, files, folder):
     # Our program finds the same ONNX Runtime as the peers.
     environment = {**os.environ, **more, "VIRTUAL_ENV": str(options.venv)}
     most = max(options.clients)
-    model, end = package(files.package)
+    manifest = json.loads((files.package / "manifest.json").read_text(encoding="utf-8"))
+    asked, model = manifest["text"], manifest["name"]
     found = []
     if options.program:
         command = [options.program, "serve", "--model", files.package, "--threads", threads]
         command += ["--parallel", most, *options.ours.split()]
         why = f"`--parallel {most} {options.ours}`, its caches as they are by default"
         what = ("llava-phi", "llava-phi serve", why, environment, folder)
-        never = {"logit_bias": {str(end): -100}}
+        never = {"logit_bias": {str(asked["eos"][0]): -100}}
         found.append(OverHttp(*what, command=command, ready_at="/ready", model=model, never=never))
         found[-1].ours = True
     if options.llama_server:
         command = [options.llama_server, "--model", files.gguf["q4_0"], "--mmproj", files.mmproj]
         command += ["--threads", threads, "--threads-batch", threads, "--parallel", most]
-        command += ["--ctx-size", most * options.context, "--chat-template", "vicuna", "--cache-ram", 2048]
+        command += ["--ctx-size", most * options.context, "--chat-template", template(asked), "--cache-ram", 2048]
         command += options.llama.split()
         why = (
             f"`llama-server` with {most} slots of {options.context} positions and `{options.llama}`; Q4_0 repacked while it"
@@ -184,10 +188,20 @@ def servers(options, files, folder):
     return found
 
 
-def package(directory):
-    """A package's name and the token that ends its answers."""
-    manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    return manifest["name"], manifest["text"]["eos"][0]
+def template(text):
+    """What a package puts around a question, as a template of llama.cpp: the same positions are read."""
+    parts = text["template"]
+    begin, user, after, end = (
+        json.dumps(part)
+        for part in (
+            parts["system"] + parts["after_system"],
+            parts["before_user"],
+            parts["after_user"],
+            parts["before_answer"],
+        )
+    )
+    one = f"{{{{ {user} + message.content + {after} }}}}"
+    return f"{{{{ {begin} }}}}{{% for message in messages %}}{one}{{% endfor %}}{{{{ {end} }}}}"
 
 
 def free_port():

@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -43,12 +44,12 @@ class Levels:
         begin, running = time.perf_counter(), []
         try:
             for server in everybody:
-                seconds = self.attempt(server, None, lambda server=server: server.start(self.options.timeout))
-                if seconds is not None:
-                    self.record["loads"].append({"server": server.name, "seconds": round(seconds, 3)})
-                    running.append(server)
-                    self.warm_up(server)
-                    server.pause()
+                running.append(server)
+                if not self.attempt(server, None, lambda server=server: self.start(server)):
+                    running.remove(server)
+                    server.stop()
+            if not running:
+                sys.exit(f"error: no server started: {self.record['left_out'][-1]['reason']}")
             longest = 0.0
             for number in range(self.first_round, self.first_round + self.options.rounds):
                 start = time.perf_counter()
@@ -63,11 +64,15 @@ class Levels:
                 server.stop()
             self.save()
 
-    def warm_up(self, server):
-        """Touches what the first question of anything touches: a few tokens, alone and together."""
+    def start(self, server):
+        """Has it loaded and touches what the first question touches: a few tokens, alone and together."""
+        seconds = server.start(self.options.timeout)
+        self.record["loads"].append({"server": server.name, "seconds": round(seconds, 3)})
         options = argparse.Namespace(**{**vars(self.options), "tokens": 4})
         for clients in self.options.clients:
             server.ask(questions("text", clients, options, 90_000 + clients), clients, self.options.timeout)
+        server.pause()
+        return True
 
     def round(self, number, running):
         # Rotated, so that nobody always follows the same other.
@@ -86,12 +91,13 @@ class Levels:
 
     def level(self, server, level, asked):
         server.resume()
-        watch, cpu = Watch(), server.cpu_seconds()
-        own = time.process_time()
-        found = server.ask(asked, level["clients"], self.options.timeout)
-        spent = server.cpu_seconds() - cpu + time.process_time() - own
-        busy = watch.share(own=spent)
-        server.pause()
+        try:
+            watch, cpu, own = Watch(), server.cpu_seconds(), time.process_time()
+            found = server.ask(asked, level["clients"], self.options.timeout)
+            spent = server.cpu_seconds() - cpu + time.process_time() - own
+            busy = watch.share(own=spent)
+        finally:
+            server.pause()
         self.record["levels"].append({**level, **found, "cpu_s": round(spent, 2), "busy": busy})
         self.save()
         said = sum(one["tokens"] or 0 for one in found["answers"])
@@ -139,8 +145,10 @@ def main():
             Levels(options, record, save).run(everybody)
         except KeyboardInterrupt:
             print("stopped; the report has what was measured until now", file=sys.stderr)
-    (out / f"{options.name}.md").write_text(report(record), encoding="utf-8")
-    print(report(record))
+    # From what was written, in which paths are names.
+    told = report(json.loads(target.read_text(encoding="utf-8")))
+    target.with_suffix(".md").write_text(told, encoding="utf-8")
+    print(told)
 
 
 def begun(options, target, python, everybody):
@@ -149,7 +157,12 @@ def begun(options, target, python, everybody):
     if options.llama_server:
         versions["llama-server"] = facts.first_line([options.llama_server, "--version"])
     described = [{"name": one.name, "title": one.title, "why": one.why, "ours": one.ours} for one in everybody]
-    started = {"date": now(), "command": " ".join(["python", *sys.argv]), "machine": facts.here(), "versions": versions}
+    started = {
+        "date": now(),
+        "command": shlex.join(["python", *map(str, sys.argv)]),
+        "machine": facts.here(),
+        "versions": versions,
+    }
     if options.append and target.exists():
         record = json.loads(target.read_text(encoding="utf-8"))
         known = {server["name"] for server in record["servers"]}
@@ -187,7 +200,7 @@ def arguments():
     add("--program", type=Path, help="llava-phi")
     add("--ours", default="", metavar="ARGUMENTS", help="further ones of `llava-phi serve`")
     add("--llama-server", type=Path, help="llama.cpp's server, built as README.md says")
-    add("--llama", default="--flash-attn auto", metavar="ARGUMENTS", help="further ones of it")
+    add("--llama", default="--flash-attn off", metavar="ARGUMENTS", help="further ones of it")
     add("--genai", type=listed(GENAI), default=[], help=f"ways to drive onnxruntime-genai: {', '.join(GENAI)}")
     add("--workloads", type=listed(WORKLOADS), default=list(WORKLOADS), help="comma-separated (default: all)")
     add("--clients", type=lambda text: [int(one) for one in text.split(",")], default=[1, 8])

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from streamed import Client
 
 # Each is one token of the model's tokenizer, with the blank before it.
-WORDS = """the of and to in is that it for was on are as with his they be at one have this from or had by not word but
-what some we can out other were all there when up use your how said an each she which do their time if will way about
-many then them write would like so these her long make thing see him two has look more day could go come did number""".split()
+WORDS = """of and to in is that it for on are as be at one have from or had by not but some we out were all up use how said
+an do time if will way would like so her make see him look day go come did sound no most people my over water
+call first who may down been now any new take get place live after back only came every good me give our picture
+red blue black left right above answer question yes""".split()
 
 
 @dataclass(frozen=True)
