@@ -123,7 +123,7 @@ def ratios(record, samples, workload):
                 continue
             cells = [against(samples, name, ours["name"], peer["name"]) for peer in peers]
             marked = [f"**{cell}**" if peer["name"] == best else cell for peer, cell in zip(peers, cells)]
-            rows.append([f"{ours['title']}, {clients} clients", *marked])
+            rows.append([f"{ours['title']}, {clients} client{'s' * (clients > 1)}", *marked])
     table = section("", ["tokens/s, times those of", *(peer["title"] for peer in peers)], rows)
     return table.removeprefix("## \n\n")
 

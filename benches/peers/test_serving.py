@@ -75,7 +75,7 @@ def test_speed_gain_and_waits_of_each_server_are_told():
 def test_ratios_are_to_each_peer_and_the_best_is_marked():
     text = serving_report.report(made())
     assert cells(text, "Text", "title of ours, 8 clients")[1:] == ["**5.00 x (5.00-5.00)**", "6.67 x (6.67-6.67)"]
-    assert cells(text, "Text", "title of ours, 1 clients")[1:] == ["2.00 x (2.00-2.00)", "**1.67 x (1.67-1.67)**"]
+    assert cells(text, "Text", "title of ours, 1 client")[1:] == ["2.00 x (2.00-2.00)", "**1.67 x (1.67-1.67)**"]
     assert cells(text, "The same picture", "title of ours, 8 clients")[1:] == ["**3.00 x (3.00-3.00)**", ""]
 
 
