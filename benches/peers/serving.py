@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -135,7 +136,7 @@ def main():
         hidden = sorted({str(path): path.name for path in hidden if path}.items(), key=lambda item: -len(item[0]))
 
         def save():
-            text = json.dumps(record, indent=1, default=str).replace(f"{ROOT}/", "")
+            text = compact(json.dumps(record, indent=1, default=str)).replace(f"{ROOT}/", "")
             # The longest first, since one may hold another.
             for path, name in hidden:
                 text = text.replace(path, name)
@@ -172,6 +173,11 @@ def begun(options, target, python, everybody):
     shown = {key: getattr(options, key) for key in ("threads", "prompt", "tokens", "picture_tokens", "disturbed")}
     record = {"schema": 1, "starts": [started], "options": shown, "servers": described}
     return record | {"loads": [], "levels": [], "memory": [], "left_out": []}
+
+
+def compact(text):
+    """JSON with each list of numbers on a line of its own."""
+    return re.sub(r"\[[\d\s.,]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
 def now():

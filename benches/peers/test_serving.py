@@ -287,6 +287,12 @@ def test_the_template_for_llama_is_the_packages():
     assert rendered == 'A "chat". USER: what? ASSISTANT:'
 
 
+def test_lists_of_numbers_are_a_line_each_and_nothing_else_is_changed():
+    record = {"between": [0.1, 0.25, 3], "none": [], "text": "[1,\n 2]", "deep": [{"a": [1, 2]}, "b"]}
+    text = serving.compact(json.dumps(record, indent=1))
+    assert json.loads(text) == record and "[ 0.1, 0.25, 3 ]" in text
+
+
 def test_the_report_is_printed_again_from_the_raw_data(tmp_path):
     path = tmp_path / "serving.json"
     path.write_text(json.dumps(made()))
