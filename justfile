@@ -14,6 +14,10 @@ test:
 floors:
     cargo test --test integration architecture
 
+# Licences, sources, versions and advisories of all crates; `pip install -r .ci/requirements.txt` brings the program
+deny:
+    cargo deny --locked check
+
 # Microbenchmarks
 bench:
     cargo bench

@@ -2,11 +2,12 @@
 """Loads a server of OpenAI's API with clients that ask about pictures, and reports speed, waits, errors and memory.
 
     python benches/serve.py --clients 1,2,4,8,16 --requests 200 --json benches/runs/DATE-HOST/serve-streams.json
+    python benches/serve.py --clients 1,8 --requests 32 --known-every 1 --pictures 1 --max-tokens 32
     python benches/serve.py --clients 64 --requests 10000 --json benches/runs/DATE-HOST/serve-soak.json
     python benches/serve.py --server http://127.0.0.1:8000/v1 --model NAME --pid PID --clients 1,8 --requests 32
 
 Without --server it starts `llava-phi serve` on a free port and ends it. Each client asks, reads the whole answer and asks
-again. Some questions are those that were asked alone before the load, and must be answered as then.
+again. Some questions come back; those of them that were asked alone before the load must be answered as then.
 """
 
 import argparse
@@ -23,7 +24,6 @@ import time
 from pathlib import Path
 
 from soak import KNOWN, QUESTIONS, picture
-from streamed import Client
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benches" / "peers"))
@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT / "benches" / "peers"))
 import facts  # noqa: E402
 from busy import Watch  # noqa: E402
 from process import memory  # noqa: E402
+from streamed import Client  # noqa: E402
 
 
 class Questions:
@@ -40,9 +41,10 @@ class Questions:
         self.options, self.folder, self.asked, self.fresh = options, folder, 0, 0
 
     def body(self, number):
-        """The question about picture `number`."""
-        file = self.folder / f"{number}.png"
-        data = (file if file.exists() else picture(number, self.folder)).read_bytes()
+        """Question `number`: those that come back share `options.pictures`, each other one has a picture of its own."""
+        shown = number % self.options.pictures if number < KNOWN else number
+        file = self.folder / f"{shown}.png"
+        data = (file if file.exists() else picture(shown, self.folder)).read_bytes()
         if number >= KNOWN:
             file.unlink()
         url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
@@ -69,7 +71,7 @@ class Questions:
         return body
 
     def next(self):
-        """The number of the next picture."""
+        """The number of the next question."""
         index, self.asked = self.asked, self.asked + 1
         if index % self.options.known_every == 0:
             return index // self.options.known_every % KNOWN
@@ -91,7 +93,7 @@ async def load(options, questions, alone, clients, look):
             answered = await client.ask(questions.body(number))
             answers.append(answered)
             if number in alone and answered.error is None and answered.text != alone[number]:
-                changed.append({"picture": number, "alone": alone[number], "under_load": answered.text})
+                changed.append({"question": number, "alone": alone[number], "under_load": answered.text})
             if len(answers) % every == 0:
                 seen.append({"answers": len(answers)} | look())
         client.close()
@@ -249,6 +251,13 @@ def version(options):
     return {"program": told, "commit_of_the_tree": commit.stdout.strip(), "python": sys.version.split()[0]}
 
 
+def pictures(text):
+    number = int(text)
+    if not 1 <= number <= KNOWN:
+        raise argparse.ArgumentTypeError(f"it is {number}, it must be 1 to {KNOWN}")
+    return number
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -261,7 +270,15 @@ def arguments():
     add("--requests", type=int, default=200, help="for each number of clients")
     add("--rounds", type=int, default=1, help="how often all numbers of clients are gone through")
     add("--alone", type=int, default=KNOWN, help="questions that are asked alone at first")
-    add("--known-every", type=int, default=8, help="one of so many questions is one that was asked alone")
+    add(
+        "--pictures",
+        type=pictures,
+        default=KNOWN,
+        metavar="N",
+        help=f"the {KNOWN} questions that come back are about so many pictures, 1 to {KNOWN} (default: one each); with"
+        " --known-every 1 there are no others, and with N = 1 everybody asks about one picture",
+    )
+    add("--known-every", type=int, default=8, help="one of so many questions is one that comes back")
     add("--max-tokens", type=int, help="of each answer")
     add("--never", type=int, metavar="ID", help="a token that is never said: the one that ends answers")
     add("--timeout", type=float, default=600.0, help="seconds of one answer")

@@ -19,7 +19,7 @@ def picture(_, target):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("text", "mmproj", "gguf", "picture", *FORMS))
+    parser.add_argument("what", choices=("text", "genai-engine", "mmproj", "gguf", "picture", *FORMS))
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--threads", type=int, default=2)
@@ -27,6 +27,8 @@ def main():
     # Each needs other libraries, some of them slow to come.
     if options.what == "text":
         from text_checkpoint import write
+    elif options.what == "genai-engine":
+        from genai_engine import write
     elif options.what == "mmproj":
         from gguf_vision import write
     elif options.what == "gguf":

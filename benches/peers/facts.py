@@ -66,5 +66,11 @@ def versions(python, program):
         raise RuntimeError(f"{python} lacks a peer: {installed.stderr.strip().splitlines()[-1]}")
     found = json.loads(installed.stdout)
     if program:
-        found["llava-phi"] = subprocess.run([str(program), "--version"], capture_output=True, text=True).stdout.strip()
+        found["llava-phi"] = first_line([program, "--version"])
     return found
+
+
+def first_line(command):
+    """What a program says first, on either stream."""
+    ran = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return ran.stdout.strip().splitlines()[0] if ran.stdout.strip() else ""

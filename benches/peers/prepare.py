@@ -18,6 +18,7 @@ class Files:
     root: Path
     given: Path | None = None
     given_package: Path | None = None
+    forms: tuple[str, ...] = FORMS
 
     @property
     def checkpoint(self):
@@ -36,8 +37,13 @@ class Files:
         return self.root / "genai-int4-last"
 
     @property
+    def genai_engine(self):
+        """The same with logits of all positions, weights shared."""
+        return self.root / "genai-int4-engine"
+
+    @property
     def gguf(self):
-        return {form: self.root / f"text-{form}.gguf" for form in FORMS}
+        return {form: self.root / f"text-{form}.gguf" for form in self.forms}
 
     @property
     def mmproj(self):
@@ -54,6 +60,12 @@ class Files:
     @property
     def projector_onnx(self):
         return self.package / "shared" / "projector.onnx"
+
+    def served(self, genai, llama):
+        """What the servers read; `genai` and `llama` say whether theirs are asked for."""
+        found = [self.package / "manifest.json", self.picture]
+        found += [self.genai_engine] if genai else []
+        return found + ([*self.gguf.values(), self.mmproj] if llama else [])
 
 
 def make(files, python, threads):
@@ -86,6 +98,7 @@ def make(files, python, threads):
     builder = ["-m", "onnxruntime_genai.models.builder", "-m", "random", "-i", files.text_checkpoint]
     builder += ["-o", files.genai, "-p", "int4", "-e", "cpu", "-c", files.root / "builder-cache"]
     step(files.genai, [*builder, "--extra_options", "prune_lm_head=true"])
+    step(files.genai_engine, [*convert, "genai-engine", files.genai, files.genai_engine])
     step(files.mmproj, [*convert, "mmproj", files.checkpoint, files.mmproj])
     whole = files.root / "text-f16.gguf"
     if not all(path.exists() for path in files.gguf.values()):

@@ -39,12 +39,12 @@ class Client:
         self.base, self.key, self.timeout = parts.path.rstrip("/"), key, timeout
         self.reader = self.writer = None
 
-    async def ask(self, body):
-        """Sends `body`, which is an object, to the chat endpoint."""
+    async def ask(self, body, endpoint="/chat/completions"):
+        """Sends `body`, which is an object, to an endpoint that streams as OpenAI's chat or completions do."""
         answered, begin = Answered(), time.perf_counter()
         try:
             async with asyncio.timeout(self.timeout):
-                await self._ask(json.dumps(body).encode(), answered, begin)
+                await self._ask(endpoint, json.dumps(body).encode(), answered, begin)
         except (OSError, EOFError, ValueError, TimeoutError, asyncio.IncompleteReadError) as error:
             answered.error = f"{type(error).__name__}: {error}"
             self.close()
@@ -56,12 +56,12 @@ class Client:
             self.writer.close()
         self.reader = self.writer = None
 
-    async def _ask(self, body, answered, begin):
+    async def _ask(self, endpoint, body, answered, begin):
         if self.writer is None:
             context = ssl.create_default_context() if self.tls else None
             self.reader, self.writer = await asyncio.open_connection(self.host, self.port, ssl=context, limit=1 << 22)
         head = [
-            f"POST {self.base}/chat/completions HTTP/1.1",
+            f"POST {self.base}{endpoint} HTTP/1.1",
             f"Host: {self.host}:{self.port}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
@@ -113,7 +113,7 @@ def note(line, answered, now):
     if usage := event.get("usage"):
         answered.tokens, answered.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
     for choice in event.get("choices", ()):
-        if text := choice.get("delta", {}).get("content"):
+        if text := choice.get("delta", {}).get("content") or choice.get("text"):
             answered.text += text
             answered.pieces.append(now)
         answered.finish = choice.get("finish_reason") or answered.finish
