@@ -31,7 +31,7 @@ pub(super) struct SessionArguments {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory_limit: Option<u64>,
 
-    /// What multiplies few-bit weights on the processor
+    /// What multiplies few-bit weights and attends to the cache on the processor
     #[arg(long, value_name = "WHOSE", default_value = "own")]
     kernels: KernelChoice,
 
@@ -62,7 +62,7 @@ impl Packed {
     }
 }
 
-/// Whose kernels multiply few-bit weights.
+/// Whose kernels multiply few-bit weights and attend to the cache.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum KernelChoice {
     /// This program's, where it has some for the processor

@@ -1,7 +1,8 @@
 //! Attention of new positions over a cache, into which they are written first.
 //!
 //! The operator is ONNX Runtime's `GroupQueryAttention` with one buffer for past and present, of f32 or of 8 bits with a step
-//! for each channel. Scores, weights and sums are f32. What a position is given does not depend on which other positions are
+//! for each channel. Weights and sums are f32, and scores of keys of f32 are; queries meet keys of bytes as numbers of 16 bits,
+//! whose products are exact. What a position is given does not depend on which other positions are
 //! read with it: positions are seen in spans that begin at the same multiples in every call, and each adds up on its own.
 
 use std::cell::RefCell;
@@ -137,8 +138,8 @@ impl<T: Held> Attention<'_, T> {
             && kv_heads > 0
             && head_dim > 0
             && heads.is_multiple_of(kv_heads)
-            // Bytes are read by fours.
-            && (!T::STEPS || head_dim.is_multiple_of(4))
+            // Bytes are read by fours, and summed in 32 bits.
+            && (!T::STEPS || head_dim.is_multiple_of(4) && head_dim <= 256)
             && self.queries.are(rows, heads * head_dim)
             && self.keys.are(rows, kv_heads * head_dim)
             && self.values.are(rows, kv_heads * head_dim)
@@ -164,8 +165,17 @@ pub(super) struct Room {
     pub(super) largest: Vec<f32>,
     /// The sum of each row's weights.
     pub(super) totals: Vec<f32>,
+    /// What each row's queries are as whole numbers of 16 bits, offset to be above zero: `[rows, 2, padded]`, the upper bytes,
+    /// then the lower. Where keys are bytes.
+    pub(super) numbers: Vec<u8>,
+    /// What 1 stands for in each row of them.
+    pub(super) scales: Vec<f32>,
     /// `[head_dim, SPAN]`.
     pub(super) keys: Vec<f32>,
+    /// `[head_dim / 4, SPAN]`: four neighbouring numbers of a key, where they are bytes.
+    pub(super) fours: Vec<u32>,
+    /// The sum of each key's numbers there.
+    pub(super) key_sums: Vec<i32>,
     /// `[SPAN, padded]`.
     pub(super) values: Vec<f32>,
 }

@@ -1,6 +1,6 @@
-//! Products of activations and few-bit weights, for processors on which they are faster than ONNX Runtime's own.
+//! What a decoder computes most, for processors on which it is faster than ONNX Runtime's own.
 //!
-//! The operator is ONNX Runtime's `MatMulNBits` at accuracy level 4: activations are rounded to 8 bits with one scale a
+//! [`Kernels::attend`] is attention over a cache. [`Kernels::multiply`] is ONNX Runtime's `MatMulNBits` at accuracy level 4: activations are rounded to 8 bits with one scale a
 //! block, as its own kernels do, multiplied as integers, and summed in f32. The weights stay as they lie in the
 //! package: a prompt unpacks them panel by panel while it goes, one token reads them once. Nothing is packed beforehand,
 //! so that a memory-mapped file is all the memory that they take, and a session opens without reading them.

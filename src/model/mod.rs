@@ -234,7 +234,7 @@ pub struct ModelOptions {
     pub decision: Option<Arc<Decision>>,
     /// Where what providers compile is kept for later sessions; each session compiles anew otherwise.
     pub compiled: Option<Arc<CompiledCache>>,
-    /// What multiplies few-bit weights on the processor; ONNX Runtime's own kernels otherwise.
+    /// What multiplies few-bit weights and attends to the cache on the processor; ONNX Runtime's own kernels otherwise.
     pub kernels: Option<Kernels>,
     /// What becomes of weights in the layout of the processor's kernels.
     pub packed_weights: PackedWeights,

@@ -56,7 +56,7 @@ pub struct SessionOptions {
     pub parallel_packing: bool,
     /// Read where nodes run; see [`Graph::placement`].
     pub placement: bool,
-    /// What multiplies few-bit weights on the processor; ONNX Runtime's own kernels otherwise.
+    /// What multiplies few-bit weights and attends to the cache on the processor; ONNX Runtime's own kernels otherwise.
     pub kernels: Option<Kernels>,
 }
 
