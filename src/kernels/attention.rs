@@ -135,6 +135,7 @@ impl<T: Held> Attention<'_, T> {
         let held = batch * kv_heads * capacity * head_dim;
         let positions = self.lengths.iter().copied().max().unwrap_or(0);
         new > 0
+            && capacity > 0
             && kv_heads > 0
             && head_dim > 0
             && heads.is_multiple_of(kv_heads)
