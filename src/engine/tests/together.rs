@@ -86,6 +86,12 @@ fn time_that_is_over_ends_a_request_whether_or_not_it_was_begun() {
     let waited = engine.generate(late()).unwrap().complete().unwrap_err();
     assert!(matches!(waited, Error::Deadline), "{waited:?}");
     drop(first);
+    let a = letter("a");
+    let (engine, _log) = several(1, None, move |_, _| {
+        thread::sleep(Duration::from_millis(20));
+        Ok(a)
+    });
+    // Time to begin on a busy machine, and less than the whole answer takes.
     let soon = Instant::now() + Duration::from_secs(1);
     let mut stream = engine.generate(Request { deadline: Some(soon), ..request(tokens(3)) }).unwrap();
     begun(&mut stream);
