@@ -268,12 +268,18 @@ def test_servers_are_started_with_their_settings_and_the_same_threads(tmp_path):
     text = {"template": dict.fromkeys(("system", "after_system", "before_user", "after_user", "before_answer"), "x")}
     manifest = {"name": "n", "text": text | {"eos": [7]}}
     (tmp_path / "package" / "manifest.json").write_text(json.dumps(manifest))
-    chosen = {"program": "llava-phi", "ours": "--variant v", "llama_server": "llama-server", "llama": "-fa off"}
+    chosen = {
+        "program": "llava-phi",
+        "ours": "--variant v",
+        "llama_server": "llama-server",
+        "llama": ["-fa off", "-fa on"],
+    }
     chosen |= {"genai": ["engine", "batch"], "clients": [1, 8], "context": 1024, "venv": Path("/venv")}
-    ours, llama, engine, batch = servers(options(**chosen), Files(tmp_path), tmp_path)
+    ours, llama, other, engine, batch = servers(options(**chosen), Files(tmp_path), tmp_path)
     assert (ours.ours, ours.never, ours.model) == (True, {"logit_bias": {"7": -100}}, "n")
     assert "--threads 2 --parallel 8 --variant v --port" in " ".join(ours.command)
     assert "--ctx-size 8192" in " ".join(llama.command) and "-fa off" in " ".join(llama.command)
+    assert llama.port != other.port and llama.name != other.name and llama.log != other.log
     assert engine.workloads == ("text",) and '"way": "batch"' in " ".join(batch.command)
     with pytest.raises(SystemExit, match="nobody is left"):
         servers(options(**(chosen | {"program": None, "llama_server": None, "genai": []})), Files(tmp_path), tmp_path)
