@@ -55,12 +55,10 @@ class Levels:
                 sys.exit(f"error: no server started: {self.record['left_out'][-1]['reason']}")
             longest = 0.0
             for number in range(self.first_round, self.first_round + self.options.rounds):
-                start = time.perf_counter()
-                if start - begin + longest > self.options.seconds:
+                if time.perf_counter() - begin + longest > self.options.seconds:
                     self.tell(f"ended before round {number}: it might take longer than --seconds allow")
                     break
-                self.round(number, running)
-                longest = max(longest, time.perf_counter() - start)
+                longest = max(longest, self.round(number, running))
         finally:
             for server in running:
                 self.record["memory"].append({"server": server.name, **server.memory()})
@@ -78,12 +76,14 @@ class Levels:
         return True
 
     def round(self, number, running):
+        """Gives the seconds of what every round has."""
         # Rotated, so that nobody always follows the same other.
-        turn = number % len(running)
+        turn, seconds = number % len(running), 0.0
         for workload in self.options.workloads:
             levels = self.options.clients if workload != "picture-new" else [max(self.options.clients)]
             if workload == "picture-new" and number > self.first_round:
                 continue
+            begin = time.perf_counter()
             for clients in levels:
                 count = max(self.options.least, clients * self.options.each) if workload != "picture-new" else clients
                 asked = questions(workload, count, self.options, self.before[workload] + 100 * number)
@@ -91,6 +91,8 @@ class Levels:
                     if workload in server.workloads:
                         level = {"server": server.name, "workload": workload, "clients": clients, "round": number}
                         self.attempt(server, level, lambda: self.level(server, level, asked))  # noqa: B023
+            seconds += time.perf_counter() - begin if workload != "picture-new" else 0.0
+        return seconds
 
     def level(self, server, level, asked):
         server.resume()

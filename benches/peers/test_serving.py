@@ -150,6 +150,36 @@ def test_every_question_is_answered_by_one_of_the_clients(url):
     assert all(len(one["between"]) == one["tokens"] - 1 and one["prompt_tokens"] == 64 for one in found["answers"])
 
 
+class Closing(Streams):
+    """Keeps a connection, but closes it after each answer without saying so."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        events = [{"choices": [{"text": "a"}]}, {"choices": [{"finish_reason": "length"}]}]
+        events.append({"choices": [], "usage": {"completion_tokens": 3, "prompt_tokens": 64}})
+        said = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+        self.close_connection = True
+
+
+@pytest.fixture
+def closing():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Closing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+
+
+def test_a_connection_that_was_closed_between_two_questions_is_opened_again(closing):
+    found = ask(closing, [body(one, "m", {}) for one in questions("text", 3, options(), 0)], 1, 30)
+    assert [one["error"] for one in found["answers"]] == [None] * 3
+
+
 def test_an_answer_of_another_length_is_an_error(url):
     (one,) = ask(url, [body(questions("text", 1, options(tokens=9), 0)[0], "m", {})], 1, 30)["answers"]
     assert one["error"] == "3 tokens instead of 9"
