@@ -37,7 +37,7 @@ class Server:
 
     def __init__(self, name, title, why, environment, folder):
         self.name, self.title, self.why = name, title, why
-        self.environment, self.log = environment, folder / f"{name}.log"
+        self.environment, self.log = environment, folder / f"{name.replace('/', '-')}.log"
         self.process = None
 
     def start(self, timeout):
@@ -164,16 +164,15 @@ def servers(options, files, folder):
         never = {"logit_bias": {str(asked["eos"][0]): -100}}
         found.append(OverHttp(*what, command=command, ready_at="/ready", model=model, never=never))
         found[-1].ours = True
-    if options.llama_server:
+    for more in options.llama if options.llama_server else []:
         command = [options.llama_server, "--model", files.gguf["q4_0"], "--mmproj", files.mmproj]
         command += ["--threads", threads, "--threads-batch", threads, "--parallel", most]
-        command += ["--ctx-size", most * options.context, "--chat-template", template(asked), "--cache-ram", 2048]
-        command += options.llama.split()
+        command += ["--ctx-size", most * options.context, "--chat-template", template(asked), *more.split()]
         why = (
-            f"`llama-server` with {most} slots of {options.context} positions and `{options.llama}`; Q4_0 repacked while it"
-            " loads, continuous batching, KV f16, its prompt cache bounded to 2 GiB; the other settings as they are by default"
+            f"`llama-server` with {most} slots of {options.context} positions and `{more}`; repacked while it loads,"
+            " continuous batching, KV f16; the other settings as they are by default"
         )
-        what = ("llama-server", "llama.cpp Q4_0", why, environment, folder)
+        what = (f"llama-server {more}", f"llama.cpp Q4_0 `{more}`", why, environment, folder)
         never = {"ignore_eos": True}
         found.append(OverHttp(*what, command=command, ready_at="/health", model="random", never=never))
     for way in options.genai:

@@ -57,20 +57,17 @@ class Client:
         self.reader = self.writer = None
 
     async def _ask(self, endpoint, body, answered, begin):
-        if self.writer is None:
-            context = ssl.create_default_context() if self.tls else None
-            self.reader, self.writer = await asyncio.open_connection(self.host, self.port, ssl=context, limit=1 << 22)
-        head = [
-            f"POST {self.base}{endpoint} HTTP/1.1",
-            f"Host: {self.host}:{self.port}",
-            "Content-Type: application/json",
-            f"Content-Length: {len(body)}",
-        ]
-        if self.key:
-            head.append(f"Authorization: Bearer {self.key}")
-        self.writer.write("\r\n".join([*head, "", ""]).encode() + body)
-        await self.writer.drain()
-        status = int((await self.reader.readuntil(b"\r\n")).split()[1])
+        status = None
+        if self.writer is not None:
+            try:
+                status = await self._send(endpoint, body)
+            except (ConnectionError, asyncio.IncompleteReadError) as error:
+                # A server may close a connection that nobody uses; what it has begun to answer is not asked again.
+                if getattr(error, "partial", b""):
+                    raise
+                self.close()
+        if status is None:
+            status = await self._send(endpoint, body)
         headers = {}
         while line := (await self.reader.readuntil(b"\r\n")).strip():
             name, value = line.decode("latin-1").split(":", 1)
@@ -87,6 +84,23 @@ class Client:
             answered.error = f"{status}: {rest.decode(errors='replace')[:300]}"
         if headers.get("connection", "").lower() == "close":
             self.close()
+
+    async def _send(self, endpoint, body):
+        """Sends a request, over a new connection where there is none; returns its status."""
+        if self.writer is None:
+            context = ssl.create_default_context() if self.tls else None
+            self.reader, self.writer = await asyncio.open_connection(self.host, self.port, ssl=context, limit=1 << 22)
+        head = [
+            f"POST {self.base}{endpoint} HTTP/1.1",
+            f"Host: {self.host}:{self.port}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+        ]
+        if self.key:
+            head.append(f"Authorization: Bearer {self.key}")
+        self.writer.write("\r\n".join([*head, "", ""]).encode() + body)
+        await self.writer.drain()
+        return int((await self.reader.readuntil(b"\r\n")).split()[1])
 
     async def _body(self, headers):
         if "content-length" in headers:

@@ -150,6 +150,36 @@ def test_every_question_is_answered_by_one_of_the_clients(url):
     assert all(len(one["between"]) == one["tokens"] - 1 and one["prompt_tokens"] == 64 for one in found["answers"])
 
 
+class Closing(Streams):
+    """Keeps a connection, but closes it after each answer without saying so."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        events = [{"choices": [{"text": "a"}]}, {"choices": [{"finish_reason": "length"}]}]
+        events.append({"choices": [], "usage": {"completion_tokens": 3, "prompt_tokens": 64}})
+        said = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+        self.close_connection = True
+
+
+@pytest.fixture
+def closing():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Closing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+
+
+def test_a_connection_that_was_closed_between_two_questions_is_opened_again(closing):
+    found = ask(closing, [body(one, "m", {}) for one in questions("text", 3, options(), 0)], 1, 30)
+    assert [one["error"] for one in found["answers"]] == [None] * 3
+
+
 def test_an_answer_of_another_length_is_an_error(url):
     (one,) = ask(url, [body(questions("text", 1, options(tokens=9), 0)[0], "m", {})], 1, 30)["answers"]
     assert one["error"] == "3 tokens instead of 9"
@@ -268,12 +298,18 @@ def test_servers_are_started_with_their_settings_and_the_same_threads(tmp_path):
     text = {"template": dict.fromkeys(("system", "after_system", "before_user", "after_user", "before_answer"), "x")}
     manifest = {"name": "n", "text": text | {"eos": [7]}}
     (tmp_path / "package" / "manifest.json").write_text(json.dumps(manifest))
-    chosen = {"program": "llava-phi", "ours": "--variant v", "llama_server": "llama-server", "llama": "-fa off"}
+    chosen = {
+        "program": "llava-phi",
+        "ours": "--variant v",
+        "llama_server": "llama-server",
+        "llama": ["-fa off", "-fa on"],
+    }
     chosen |= {"genai": ["engine", "batch"], "clients": [1, 8], "context": 1024, "venv": Path("/venv")}
-    ours, llama, engine, batch = servers(options(**chosen), Files(tmp_path), tmp_path)
+    ours, llama, other, engine, batch = servers(options(**chosen), Files(tmp_path), tmp_path)
     assert (ours.ours, ours.never, ours.model) == (True, {"logit_bias": {"7": -100}}, "n")
     assert "--threads 2 --parallel 8 --variant v --port" in " ".join(ours.command)
     assert "--ctx-size 8192" in " ".join(llama.command) and "-fa off" in " ".join(llama.command)
+    assert llama.port != other.port and llama.name != other.name and llama.log != other.log
     assert engine.workloads == ("text",) and '"way": "batch"' in " ".join(batch.command)
     with pytest.raises(SystemExit, match="nobody is left"):
         servers(options(**(chosen | {"program": None, "llama_server": None, "genai": []})), Files(tmp_path), tmp_path)
