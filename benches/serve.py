@@ -119,6 +119,7 @@ def figures(clients, answers, changed, seconds, options):
         "answered": len(good),
         "lost": sum(one.lost for one in answers),
         "errors": errors,
+        "found_closed_and_asked_again": sum(one.again for one in answers),
         "answered_otherwise_than_alone": changed,
         "seconds": round(seconds, 3),
         "requests_per_second": round(len(good) / seconds, 2),

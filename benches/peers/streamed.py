@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Answered:
-    """One answer; times are seconds since it was asked for."""
+    """One answer; times are seconds since it was asked for; `again` says that its connection was found closed."""
 
     text: str = ""
     pieces: list = field(default_factory=list)
@@ -22,6 +22,7 @@ class Answered:
     finish: str | None = None
     whole: float = 0.0
     error: str | None = None
+    again: bool = False
 
     @property
     def lost(self):
@@ -65,6 +66,7 @@ class Client:
                 # A server may close a connection that nobody uses; what it has begun to answer is not asked again.
                 if getattr(error, "partial", b""):
                     raise
+                answered.again = True
                 self.close()
         if status is None:
             status = await self._send(endpoint, body)
