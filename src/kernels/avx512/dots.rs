@@ -45,8 +45,7 @@ pub(super) fn multiply(product: &Product<'_>, columns: Range<usize>) {
 
 /// The products of `ROWS` rows of activations from `row` on and row `column` of the weights.
 ///
-/// Rows of weights are read one after another: several at once would be as many streams, each too short for the
-/// processor to read ahead.
+/// Rows of weights are read one after another, so that what is fetched ahead is the next row where one ends.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,fma")]
 fn dots<const ROWS: usize, const FOUR: bool>(product: &Product<'_>, row: usize, column: usize) {
     let Product { rounded, weights, bias, y } = product;
