@@ -43,13 +43,13 @@ def test_the_whole_package_serves_in_the_order_that_is_documented():
     found = served(*CHOICES)
     assert found["vision_encoder"][:9] == [
         "tensorrt-fp16@tensorrt", "cuda-fp16@cuda", "tensorrt-fp16@cuda", "coreml-fp16@coreml", "qnn-fp16@qnn",
-        "cpu-int8@cpu", "cpu-int4-kv-f32@cpu", "cuda-fp16@tensorrt-rtx", "cuda-fp16@webgpu",
+        "cpu-int8@cpu", "cpu-int4@cpu", "cuda-fp16@tensorrt-rtx", "cuda-fp16@webgpu",
     ]  # fmt: skip
     assert found["vision_encoder"].index("nnapi-u8@nnapi") + 1 == found["vision_encoder"].index("nnapi-fp32@nnapi")
     assert found["decoder"][:10] == [
         "tensorrt-fp16@tensorrt", "tensorrt-delta-fp16@tensorrt", "cuda-int4@cuda", "cuda-fp16@cuda",
         "tensorrt-fp16@cuda", "tensorrt-delta-fp16@cuda", "cuda-int4@tensorrt-rtx", "cuda-fp16@tensorrt-rtx",
-        "cpu-int4-kv-f32@cpu", "cpu-int4@cpu",
+        "cpu-int4@cpu", "cpu-int4-kv-f32@cpu",
     ]  # fmt: skip
     assert found["head"] == ["coreml-fp16@cpu"]
 
