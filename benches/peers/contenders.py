@@ -53,6 +53,14 @@ def peers(files):
             {"model": files.genai},
         ),
         Contender(
+            "genai-128",
+            "onnxruntime-genai int4, block 128",
+            "as before with blocks as large as ours, rounded to the nearest, which the builder does not do by itself",
+            4 * GB,
+            "peer_genai.py",
+            {"model": files.genai_128},
+        ),
+        Contender(
             "genai-ort",
             "onnxruntime-genai int4 + ONNX Runtime f32 encoder",
             "what a user could assemble by hand: encode with ONNX Runtime, then the prefill of as many token ids; it "

@@ -37,6 +37,11 @@ class Files:
         return self.root / "genai-int4-last"
 
     @property
+    def genai_128(self):
+        """The same in blocks as large as ours."""
+        return self.root / "genai-int4-128"
+
+    @property
     def genai_engine(self):
         """The same with logits of all positions, weights shared."""
         return self.root / "genai-int4-engine"
@@ -96,8 +101,9 @@ def make(files, python, threads):
         step(files.package, [*export, files.checkpoint, files.package])
     step(files.text_checkpoint, [*convert, "text", files.checkpoint, files.text_checkpoint])
     builder = ["-m", "onnxruntime_genai.models.builder", "-m", "random", "-i", files.text_checkpoint]
-    builder += ["-o", files.genai, "-p", "int4", "-e", "cpu", "-c", files.root / "builder-cache"]
-    step(files.genai, [*builder, "--extra_options", "prune_lm_head=true"])
+    builder += ["-p", "int4", "-e", "cpu", "-c", files.root / "builder-cache"]
+    for model, more in ((files.genai, []), (files.genai_128, ["block_size=128"])):
+        step(model, [*builder, "-o", model, "--extra_options", "prune_lm_head=true", *more])
     step(files.genai_engine, [*convert, "genai-engine", files.genai, files.genai_engine])
     step(files.mmproj, [*convert, "mmproj", files.checkpoint, files.mmproj])
     whole = files.root / "text-f16.gguf"
