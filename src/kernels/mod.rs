@@ -1,9 +1,10 @@
 //! What a decoder computes most, for processors on which it is faster than ONNX Runtime's own.
 //!
-//! [`Kernels::attend`] is attention over a cache. [`Kernels::multiply`] is ONNX Runtime's `MatMulNBits` at accuracy level 4: activations are rounded to 8 bits with one scale a
-//! block, as its own kernels do, multiplied as integers, and summed in f32. The weights stay as they lie in the
-//! package: a prompt unpacks them panel by panel while it goes, one token reads them once. Nothing is packed beforehand,
-//! so that a memory-mapped file is all the memory that they take, and a session opens without reading them.
+//! [`Kernels::attend`] is attention over a cache. [`Kernels::multiply`] is ONNX Runtime's `MatMulNBits` at accuracy level 4:
+//! activations are rounded to 8 bits with one scale a block, as its own kernels do, multiplied as integers, and summed in f32.
+//! The weights stay as they lie in the package: a prompt unpacks them panel by panel while it goes, one token reads them once.
+//! Nothing is packed beforehand, so that a memory-mapped file is all the memory that they take, and a session opens without
+//! reading them.
 
 #![cfg_attr(not(target_arch = "x86_64"), allow(unused, reason = "there are kernels for x86-64 alone"))]
 
@@ -106,9 +107,7 @@ impl Kernels {
             Instructions::Avx512Vnni => avx512::compute(product, way, columns),
         }
     }
-}
 
-impl Kernels {
     /// `numbers` in whole registers.
     fn whole_registers(self, numbers: usize) -> usize {
         match self.0 {
