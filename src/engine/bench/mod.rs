@@ -362,7 +362,7 @@ impl<'a> Bench<'a> {
     /// Decodes behind `depth` positions, of which `state` remembers what they were.
     fn decode_at(&mut self, depth: usize, state: &mut Option<Prompt>) -> Result<Vec<Duration>> {
         if depth == 0 {
-            self.cache = self.model.empty_cache()?;
+            self.model.forget(self.cache.len(), &mut self.cache)?;
             let Some(&token) = self.text(1).first() else { return Ok(Vec::new()) };
             return self.decode_from(token, self.wishes.steps);
         }
@@ -378,8 +378,6 @@ impl<'a> Bench<'a> {
 
     /// As many caches of `depth` positions.
     fn sequences(&mut self, count: usize, depth: usize) -> Result<Vec<KvCache>> {
-        // The bench's own cache would keep a place among them.
-        self.cache = self.model.empty_cache()?;
         let prompt = given(&[Piece::Tokens(self.text(depth))])?;
         let mut caches: Vec<KvCache> = Vec::with_capacity(count);
         for _ in 0..count {

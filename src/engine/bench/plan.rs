@@ -132,10 +132,11 @@ const LENGTHS: [usize; 2] = [128, 640];
 const DEPTHS: [usize; 2] = [0, 700];
 
 impl Wishes {
-    /// Sequences for which the model must have room.
+    /// Sequences for which the model must have room: those that are read together, and the one of everything else, which
+    /// keeps the first place.
     pub fn parallel(&self) -> usize {
         let together = self.subjects.contains(&Subject::Together);
-        if together { TOGETHER[TOGETHER.len() - 1] } else { 1 }
+        1 + if together { TOGETHER[TOGETHER.len() - 1] } else { 0 }
     }
 
     /// The jobs in their order, and what is left out because `context` positions do not hold it. A picture takes
@@ -294,7 +295,7 @@ mod tests {
         let (jobs, left_out) = together.jobs(512, 64, 40).unwrap();
         assert_eq!(jobs, TOGETHER.map(|count| Job::Together(count, 0)));
         assert_eq!(left_out, ["depth 700: at most 480 fit into the context"]);
-        assert_eq!((together.parallel(), wishes(&[Subject::Ahead]).parallel()), (8, 1));
+        assert_eq!((together.parallel(), wishes(&[Subject::Ahead]).parallel()), (9, 1));
     }
 
     #[test]
