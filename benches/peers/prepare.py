@@ -55,6 +55,11 @@ class Files:
         return self.root / "mmproj-f16.gguf"
 
     @property
+    def of_peers(self):
+        """What was converted for them."""
+        return [self.genai, self.genai_128, self.genai_engine, *self.gguf.values(), self.mmproj]
+
+    @property
     def picture(self):
         return self.root / "picture.png"
 

@@ -69,7 +69,7 @@ def main():
     (out / "peers.md").write_text(report(record), encoding="utf-8")
     print(out / "peers.md")
     if not options.keep:
-        for path in (files.genai, files.genai_128, files.genai_engine, *files.gguf.values(), files.mmproj):
+        for path in files.of_peers:
             prepare.remove(path)
 
 

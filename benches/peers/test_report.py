@@ -134,7 +134,7 @@ def test_a_process_is_followed_to_its_end_with_its_memory_and_killed_when_it_tak
 
 def test_a_file_is_made_under_another_name_until_it_is_whole_and_only_once(tmp_path, monkeypatch):
     files = Files(tmp_path, given=tmp_path, given_package=tmp_path)
-    for path in (files.text_checkpoint, files.genai, files.genai_engine, files.mmproj, *files.gguf.values()):
+    for path in (files.text_checkpoint, *files.of_peers):
         path.write_text("there")
     prepare.make(files, sys.executable, 1)
     assert files.picture.read_bytes().startswith(b"\x89PNG")

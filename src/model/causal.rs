@@ -34,7 +34,7 @@ pub trait CausalModel: Send {
     /// What `cache` holds of a prompt.
     ///
     /// # Errors
-    /// [`Error::Request`] when the prompt has another number of images than `images`.
+    /// [`Error::Request`](crate::error::Error::Request) when the prompt has another number of images than `images`.
     fn shared(&self, prompt: &Prompt, images: &[Arc<ImageInput>], cache: &Self::Cache) -> Result<Shared>;
 
     /// Begins to read `prompt`, with `images` in its places, into `cache`. What the cache already holds of the beginning
@@ -55,8 +55,10 @@ pub trait CausalModel: Send {
     /// came of it.
     ///
     /// # Errors
-    /// [`Error::Graph`] when a graph fails, [`Error::Unsound`] when it gives what is no number; [`Error::Cancelled`] when
-    /// [`CausalModel::canceler`] was used. The cache then holds a prefix of the prompt.
+    /// [`Error::Graph`](crate::error::Error::Graph) when a graph fails,
+    /// [`Error::Unsound`](crate::error::Error::Unsound) when it gives what is no number;
+    /// [`Error::Cancelled`](crate::error::Error::Cancelled) when [`CausalModel::canceler`] was used. The cache then holds a
+    /// prefix of the prompt.
     fn read_on(
         &mut self,
         reading: &mut Self::Reading,
@@ -85,7 +87,7 @@ pub trait CausalModel: Send {
     /// Reads one more token.
     ///
     /// # Errors
-    /// As [`CausalModel::read_on`], and [`Error::TooLong`] at the context's end.
+    /// As [`CausalModel::read_on`], and [`Error::TooLong`](crate::error::Error::TooLong) at the context's end.
     fn decode(&mut self, token: TokenId, cache: &mut Self::Cache) -> Result<Logits>;
 
     /// Reads one more token of each of several sequences, and gives the logits behind each; as [`CausalModel::decode`]
@@ -98,7 +100,7 @@ pub trait CausalModel: Send {
     /// The most tokens that [`CausalModel::decode_all`] takes.
     ///
     /// # Errors
-    /// [`Error::Request`] when what serves gives the logits of one position a run.
+    /// [`Error::Request`](crate::error::Error::Request) when what serves gives the logits of one position a run.
     fn most_at_once(&self) -> Result<usize>;
 
     /// Reads `tokens`, at least one, in one run, and gives the logits behind each of them.
@@ -132,7 +134,7 @@ pub trait CausalModel: Send {
     /// made before is then of no use.
     ///
     /// # Errors
-    /// [`Error::Provider`] when there is no other that serves.
+    /// [`Error::Provider`](crate::error::Error::Provider) when there is no other that serves.
     fn demote(&mut self, graph: &str, reason: &str) -> Result<Demotion>;
 }
 

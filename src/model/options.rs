@@ -31,9 +31,10 @@ pub struct ModelOptions {
     pub threads: Option<usize>,
     /// The most positions that one run of the decoder reads; all at once otherwise.
     pub prefill_chunk: Option<usize>,
-    /// Positions that an image takes, the rows chosen as [`visual_tokens`] says; all that it has otherwise.
+    /// Positions that an image takes, the rows chosen as [`visual_tokens`](super::visual_tokens) says; all that it has
+    /// otherwise.
     pub visual_tokens: Option<usize>,
-    /// Sequences that are to be answered at once; memory may allow fewer, see [`Room`].
+    /// Sequences that are to be answered at once; memory may allow fewer, see [`Room`](super::Room).
     pub parallel: usize,
     /// Keep the vision encoder and the projector in memory only while an image is encoded.
     pub low_memory: bool,
