@@ -1,6 +1,7 @@
 """The comparison of servers: its questions, how they are asked, who takes turns when, and its tables."""
 
 import argparse
+import contextlib
 import http.server
 import json
 import subprocess
@@ -114,6 +115,13 @@ def test_a_text_is_continued_and_a_picture_is_asked_about_in_a_chat():
     assert endpoint == "/chat/completions" and content[0]["image_url"]["url"] == "data:image/png;base64,iVBORw=="
 
 
+def event_stream(said, tokens):
+    """Choices as events, the end, and what was counted."""
+    events = [{"choices": [one]} for one in said] + [{"choices": [{"finish_reason": "length"}]}]
+    events.append({"choices": [], "usage": {"completion_tokens": tokens, "prompt_tokens": 64}})
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+
+
 class Streams(http.server.BaseHTTPRequestHandler):
     """Says two tokens to a chat and three to a text, whatever is asked for."""
 
@@ -124,22 +132,26 @@ class Streams(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         said = [{"delta": {"content": "a"}}] * 2 if "chat" in self.path else [{"text": "a"}] * 3
-        events = [{"choices": [one]} for one in said] + [{"choices": [{"finish_reason": "length"}]}]
-        events += [{"choices": [], "usage": {"completion_tokens": len(said), "prompt_tokens": 64}}]
         self.send_response(200)
         self.end_headers()
-        self.wfile.write("".join(f"data: {json.dumps(event)}\n\n" for event in events).encode() + b"data: [DONE]\n\n")
+        self.wfile.write(event_stream(said, len(said)) + b"data: [DONE]\n\n")
 
     def log_message(self, *_):
         pass
 
 
-@pytest.fixture
-def url():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Streams)
+@contextlib.contextmanager
+def listening(handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     server.shutdown()
+
+
+@pytest.fixture
+def url():
+    with listening(Streams) as url:
+        yield url
 
 
 def test_every_question_is_answered_by_one_of_the_clients(url):
@@ -157,9 +169,7 @@ class Closing(Streams):
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        events = [{"choices": [{"text": "a"}]}, {"choices": [{"finish_reason": "length"}]}]
-        events.append({"choices": [], "usage": {"completion_tokens": 3, "prompt_tokens": 64}})
-        said = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+        said = event_stream([{"text": "a"}], 3)
         self.send_response(200)
         self.send_header("Content-Length", str(len(said)))
         self.end_headers()
@@ -167,16 +177,9 @@ class Closing(Streams):
         self.close_connection = True
 
 
-@pytest.fixture
-def closing():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Closing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    server.shutdown()
-
-
-def test_a_connection_that_was_closed_between_two_questions_is_opened_again(closing):
-    found = ask(closing, [body(one, "m", {}) for one in questions("text", 3, options(), 0)], 1, 30)
+def test_a_connection_that_was_closed_between_two_questions_is_opened_again():
+    with listening(Closing) as url:
+        found = ask(url, [body(one, "m", {}) for one in questions("text", 3, options(), 0)], 1, 30)
     assert [one["error"] for one in found["answers"]] == [None] * 3
 
 
