@@ -36,7 +36,7 @@ def install() -> None:
     wanted = hashlib.sha256(PROJECT.read_bytes()).hexdigest()
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
-    print("notice: installing the exporter, PyTorch and pytest into .venv (about 3 GB on Linux, once)", flush=True)
+    print("notice: installing the exporter, PyTorch and pytest into .venv (about 6 GB on Linux, once)", flush=True)
     make_environment()
     must(run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", "export[test]"))
     STAMP.write_text(wanted)
