@@ -7,9 +7,7 @@ use ndarray::{Axis, concatenate, s};
 use super::chain::{Chain, ComponentReport, Loader, Opened, Serving};
 use super::decoder::Decoder;
 use super::embed::TokenEmbedder;
-use super::goldens::{
-    self, ATTENTION_WEIGHTS, Agreement, Goldens, IMAGE_EMBEDDINGS, LOGITS, PATCH_FEATURES, distance,
-};
+use super::goldens::{self, ATTENTION_WEIGHTS, Agreement, Goldens, IMAGE_EMBEDDINGS, LOGITS, PATCH_FEATURES};
 use super::head::Head;
 use super::kv_cache::PositionKey;
 use super::projector::Projector;
@@ -45,7 +43,7 @@ pub(super) fn check_projector(opened: Opened, goldens: &Goldens) -> Result<(Proj
         return Ok((projector, proved));
     }
     let embeds = projector.project(&goldens.patch_features.view())?;
-    let distance = distance(embeds.rows().iter(), goldens.image_embeds.iter());
+    let distance = goldens::distance(embeds.rows().iter(), goldens.image_embeds.iter());
     Ok((projector, vec![Agreement { what: IMAGE_EMBEDDINGS, distance, tolerance }]))
 }
 
@@ -98,11 +96,11 @@ pub(super) fn golden_distance(
     // What stands there is not looked up: the cache is dropped at the end.
     let keys = vec![PositionKey::Token(0); prompt.nrows()];
     let mut logits = decoder.forward(&prompt.view(), &keys, &mut cache)?;
-    let mut worst = distance(logits.values().iter(), goldens.logits_after(0).iter());
+    let mut worst = goldens::distance(logits.values().iter(), goldens.logits_after(0).iter());
     for (read, token) in goldens.next_tokens.iter().enumerate() {
         let row = embedder.embed(&[*token])?;
         logits = decoder.forward(&row.view(), &[PositionKey::Token(*token)], &mut cache)?;
-        worst = worst.max(distance(logits.values().iter(), goldens.logits_after(read + 1).iter()));
+        worst = worst.max(goldens::distance(logits.values().iter(), goldens.logits_after(read + 1).iter()));
     }
     Ok(worst)
 }
