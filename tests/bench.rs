@@ -19,6 +19,26 @@ fn numbers(value: &Value) -> Vec<f64> {
 }
 
 #[test]
+fn an_image_counts_as_the_positions_that_it_takes() {
+    let report =
+        report(&["--only", "first-token", "--repetitions", "1", "--text", "70", "--visual-tokens", "16"]);
+    let rows = report["measurements"].as_array().unwrap();
+    assert_eq!(rows.last().unwrap()["positions"], 70 + 16);
+    assert_eq!(report["package"]["tokens_per_image"], 16);
+    assert_eq!(report["settings"]["model"]["visual_tokens"], 16);
+}
+
+#[test]
+fn another_provider_than_the_wanted_one_and_a_file_that_is_no_image_are_told_of() {
+    let run = run(&["--provider", "cuda", "--only", "load"]);
+    assert_eq!(run.code, Some(0), "{run:?}");
+    assert!(run.out.contains("decoder: cpu") && run.out.contains("(not cuda: "), "{run:?}");
+    let run = super::bench::run(&["--image", "Cargo.toml"]);
+    assert_eq!(run.code, Some(2), "{run:?}");
+    assert!(run.err.contains("image Cargo.toml: "), "{run:?}");
+}
+
+#[test]
 fn everything_is_measured_and_what_does_not_fit_is_told() {
     let report = report(&["--repetitions", "2", "--steps", "3", "--lengths", "16,128", "--text", "70"]);
     let rows: Vec<(&str, Option<u64>, Option<u64>, usize)> = report["measurements"]

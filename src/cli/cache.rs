@@ -175,6 +175,7 @@ fn line(out: &mut impl Write, one: &Listed) -> io::Result<()> {
         State::Writing => "being written".to_owned(),
         State::Abandoned => "abandoned".to_owned(),
         State::Damaged(why) => format!("damaged: {why}"),
+        State::Unreadable(why) => format!("unreadable: {why}"),
     };
     write!(out, "{}  {state}  {}  used {}", one.file, size(one.bytes), ago(one.last_used))?;
     if let Some(Content { package, variant, provider, positions, images, created }) = &one.content {

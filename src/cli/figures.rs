@@ -87,7 +87,8 @@ impl Served<'_> {
     pub(super) fn line(&self) -> String {
         let threads =
             self.threads.map_or_else(|| "as many as it likes".to_owned(), |count| count.to_string());
-        format!("{} {}, threads: {threads}", self.provider, self.variant)
+        let refused: Vec<_> = self.refused.iter().map(|refusal| format!(" (not {refusal})")).collect();
+        format!("{} {}, threads: {threads}{}", self.provider, self.variant, refused.concat())
     }
 }
 
@@ -98,6 +99,7 @@ pub(super) struct ModelSettings {
     prefill_chunk: Option<usize>,
     low_memory: bool,
     memory_limit: Option<u64>,
+    visual_tokens: Option<usize>,
     provider_options: BTreeMap<String, BTreeMap<String, String>>,
 }
 
@@ -109,6 +111,7 @@ impl ModelSettings {
             prefill_chunk: options.prefill_chunk,
             low_memory: options.low_memory,
             memory_limit: options.memory_limit,
+            visual_tokens: options.visual_tokens,
             provider_options: given.map(|(provider, given)| (provider.to_string(), given.clone())).collect(),
         }
     }

@@ -1,14 +1,18 @@
 //! What an answer has to look like, from the command line.
 
 use std::{
-    fs,
+    fs::File,
+    io::Read as _,
     path::{Path, PathBuf},
 };
 
 use crate::engine::Engine;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, size};
 use crate::generate::constraint::{Constraint, ConstraintSpec};
 use crate::generate::params::GenerateParams;
+
+/// Bytes of a file; more than any form may have.
+const LONGEST: u64 = 1 << 20;
 
 /// Options of which one says what an answer has to look like.
 #[derive(Debug, clap::Args)]
@@ -56,8 +60,17 @@ impl FormArguments {
 }
 
 fn read(path: &Path) -> Result<String> {
-    fs::read_to_string(path)
-        .map_err(|e| Error::Request(format!("{} cannot be read ({e}); check the path", path.display())))
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(LONGEST + 1).read_to_string(&mut text));
+    match read {
+        Ok(bytes) if bytes as u64 > LONGEST => Err(Error::Request(format!(
+            "{} is longer than {}; say what is needed in less",
+            path.display(),
+            size(LONGEST)
+        ))),
+        Ok(_) => Ok(text),
+        Err(e) => Err(Error::Request(format!("{} cannot be read ({e}); check the path", path.display()))),
+    }
 }
 
 /// `params` for answers of `engine` that look as `spec` says.

@@ -30,11 +30,13 @@ use std::{
     io::{self, IsTerminal as _, Write as _},
     panic,
     process::ExitCode,
+    str::FromStr as _,
 };
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Directive;
 
 use crate::error::{Error, ErrorKind};
 use config::Layers;
@@ -167,8 +169,11 @@ fn failed(error: &anyhow::Error, format: LogFormat) -> ExitCode {
 /// Starts the log on standard error.
 fn log(command: &Command) {
     let asked = config::environment("LLAVA_PHI_LOG").filter(|filter| !filter.is_empty());
-    let asked = asked.and_then(|filter| EnvFilter::try_new(filter.to_str()?).ok());
+    let asked = asked.map(|filter| EnvFilter::try_new(filter.to_string_lossy()));
+    let (asked, unreadable) = asked.transpose().map_or_else(|e| (None, Some(e)), |asked| (asked, None));
     let filter = asked.unwrap_or_else(|| EnvFilter::new(command.log()));
+    // It traces each character of each prompt.
+    let filter = filter.add_directive(Directive::from_str("tokenizers=debug").unwrap_or_default());
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     let log = log.with_ansi(io::stderr().is_terminal());
     match command.log_format() {
@@ -177,6 +182,12 @@ fn log(command: &Command) {
             log.json().flatten_event(true).init();
             panic::set_hook(Box::new(|what| LogFormat::Json.fail(&one_line(&what.to_string()))));
         }
+    }
+    if let Some(error) = unreadable {
+        let text = format_args!(
+            "notice: LLAVA_PHI_LOG is not heeded ({error}); give a filter such as llava_phi=debug"
+        );
+        command.log_format().say(text);
     }
 }
 

@@ -5,6 +5,7 @@ use std::{
     num::NonZeroUsize,
     path::PathBuf,
     process::ExitCode,
+    str::FromStr,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -119,11 +120,11 @@ impl Arguments {
 #[command(next_help_heading = "Limits")]
 struct LimitArguments {
     /// The most bytes of a request
-    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().body_bytes)]
+    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().body_bytes, value_parser = positive::<usize>)]
     max_body_bytes: usize,
 
-    /// The most bytes of requests that are being read, of all clients together
-    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().buffered_bytes)]
+    /// The most bytes of bodies that are being read and of images that wait, of all clients together
+    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().buffered_bytes, value_parser = positive::<usize>)]
     max_buffered_bytes: usize,
 
     /// The most images of a request
@@ -131,31 +132,31 @@ struct LimitArguments {
     max_images: usize,
 
     /// The most characters of a request's text
-    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().prompt_chars)]
+    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().prompt_chars, value_parser = positive::<usize>)]
     max_prompt_chars: usize,
 
     /// The most answers to one request
-    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().answers)]
+    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().answers, value_parser = positive::<usize>)]
     max_answers: usize,
 
     /// The most requests at once, from the end of their bodies to that of their answers; more are told to come again
-    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().requests)]
+    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().requests, value_parser = positive::<usize>)]
     max_requests: usize,
 
     /// The most connections at once
-    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().connections)]
+    #[arg(long, value_name = "N", default_value_t = ServerLimits::default().connections, value_parser = positive::<usize>)]
     max_connections: usize,
 
     /// Seconds that a request may take, from its arrival to the end of its answer
-    #[arg(long, value_name = "SECONDS", default_value_t = ServerLimits::default().request_time.as_secs())]
+    #[arg(long, value_name = "SECONDS", default_value_t = ServerLimits::default().request_time.as_secs(), value_parser = positive::<u64>)]
     request_timeout: u64,
 
     /// Seconds for the headers of a request, and that a connection may be idle
-    #[arg(long, value_name = "SECONDS", default_value_t = ServerLimits::default().header_time.as_secs())]
+    #[arg(long, value_name = "SECONDS", default_value_t = ServerLimits::default().header_time.as_secs(), value_parser = positive::<u64>)]
     header_timeout: u64,
 
     /// Seconds that a client may pause while it sends a body or reads an answer
-    #[arg(long, value_name = "SECONDS", default_value_t = ServerLimits::default().stall_time.as_secs())]
+    #[arg(long, value_name = "SECONDS", default_value_t = ServerLimits::default().stall_time.as_secs(), value_parser = positive::<u64>)]
     stall_timeout: u64,
 }
 
@@ -175,6 +176,12 @@ impl LimitArguments {
             ..ServerLimits::default()
         }
     }
+}
+
+/// Reads a whole number from 1 on: with 0 nobody would be answered.
+fn positive<T: FromStr + PartialEq + From<u8>>(text: &str) -> Result<T, String> {
+    let number = text.parse().ok().filter(|number| *number != T::from(0));
+    number.ok_or_else(|| "give a whole number from 1 on".to_owned())
 }
 
 fn parse_image_host(text: &str) -> Result<ImageHost, String> {

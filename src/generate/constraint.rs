@@ -421,9 +421,12 @@ fn refusal(spec: &ConstraintSpec, why: impl fmt::Display) -> Error {
 fn first_line(message: &str) -> String {
     // A limit that it does not check itself.
     if message.starts_with("panic:") {
-        return "it is too complex to be followed".to_owned();
+        return "it is too complex to be followed, or names a token of the model's own".to_owned();
     }
-    let line = message.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("no reason is given");
+    let mut lines = message.lines().map(str::trim).filter(|line| !line.is_empty());
+    // What is wrong with a regular expression stands below a drawing of it.
+    let reason = lines.clone().find_map(|line| line.strip_prefix("error: "));
+    let line = reason.or_else(|| lines.next()).unwrap_or("no reason is given");
     line.trim_end_matches([';', '.', ' ']).chars().take(300).collect()
 }
 

@@ -11,7 +11,7 @@ use image::metadata::Orientation;
 use image::{DynamicImage, GenericImageView, ImageDecoder, ImageError, ImageFormat, ImageReader, RgbImage};
 
 use super::{Rgb, container, gif};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, size};
 
 /// The longest side that is read, in pixels: resampling takes 16 bytes a pixel of it.
 const MAX_SIDE: u32 = 1 << 20;
@@ -79,6 +79,7 @@ pub fn decode(name: &str, bytes: &[u8], limits: &Limits) -> Result<Rgb> {
                 "this {named} is CMYK, which is read from JPEG only; convert it to RGB"
             )));
         }
+        check_bytes(name, decoder.total_bytes(), limits)?;
         let orientation = orientation(&mut decoder, format, bytes);
         let picture = DynamicImage::from_decoder(decoder).map_err(explain)?;
         let (width, height) = picture.dimensions();
@@ -113,6 +114,20 @@ fn check_size(name: &str, width: u32, height: u32, limits: &Limits) -> Result<()
     if width.max(height) > MAX_SIDE {
         let reason =
             format!("it has {width} x {height} pixels and no side may exceed {MAX_SIDE}; crop the image");
+        return Err(Error::image(name, reason));
+    }
+    Ok(())
+}
+
+/// Refuses pixels that take more memory than the most of them in 8-bit RGB with transparency would.
+fn check_bytes(name: &str, bytes: u64, limits: &Limits) -> Result<()> {
+    let most = limits.max_pixels.saturating_mul(4);
+    if bytes > most {
+        let (bytes, most) = (size(bytes), size(most));
+        let reason = format!(
+            "its pixels take {bytes} and the limit on pixels allows {most}; save it with 8 bits a sample, \
+             raise the limit on pixels or shrink the image"
+        );
         return Err(Error::image(name, reason));
     }
     Ok(())

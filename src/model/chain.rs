@@ -424,6 +424,13 @@ impl Chain {
             0 => format!("the package names nothing that serves the {}", self.component.name()),
             _ => format!("nothing serves the {} ({})", self.component.name(), reasons.join("; ")),
         };
+        let too_large = self.refused.iter().any(|refusal| refusal.step == Step::Memory);
+        let advice = match (too_large, loader.options.low_memory) {
+            (true, false) => "; give --low-memory, or a larger --memory-limit",
+            (true, true) => "; give a larger --memory-limit, or free memory",
+            (false, _) => "",
+        };
+        let reason = reason + advice;
         Err(match self.fault.take() {
             Some(fault) if self.files_are_at_fault() => fault,
             _ => {

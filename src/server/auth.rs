@@ -3,7 +3,8 @@
 use std::{fmt, fs, path::Path};
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, header};
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, Uri, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use sha2::{Digest, Sha256};
@@ -90,20 +91,22 @@ pub(super) async fn check(State(state): State<AppState>, request: Request, next:
     if !keys.is_empty() && !OPEN.contains(&request.uri().path()) && !keys.admit(request.headers()) {
         return Err(ApiError::unauthorized());
     }
-    if state.options().is_private() && !is_local(request.headers()) {
+    if state.options().is_private() && !is_local(request.uri(), request.headers()) {
         return Err(ApiError::misdirected());
     }
     Ok(next.run(request).await)
 }
 
-/// Whether the Host header names this machine or none: a page from elsewhere whose name was made to mean this address
-/// still sends its own.
-fn is_local(headers: &HeaderMap) -> bool {
-    let Some(host) = headers.get(header::HOST) else { return true };
-    let Ok(host) = host.to_str() else { return false };
-    let Ok(authority) = host.parse::<axum::http::uri::Authority>() else { return false };
-    let name = authority.host().trim_start_matches('[').trim_end_matches(']');
-    name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok()
+/// Whether all that a request says of its host, in the Host header and (HTTP/2) in its target, names this machine: a
+/// page from elsewhere whose name was made to mean this address still sends its own.
+fn is_local(target: &Uri, headers: &HeaderMap) -> bool {
+    let means_here = |authority: &Authority| {
+        let name = authority.host().trim_start_matches('[').trim_end_matches(']');
+        name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok()
+    };
+    let mut hosts = headers.get_all(header::HOST).iter();
+    target.authority().is_none_or(means_here)
+        && hosts.all(|host| Authority::try_from(host.as_bytes()).is_ok_and(|host| means_here(&host)))
 }
 
 #[cfg(test)]
@@ -160,8 +163,14 @@ mod tests {
             ("localhost.evil.example", false),
             ("", false),
         ] {
-            assert_eq!(is_local(&with(header::HOST, host)), local, "{host:?}");
+            assert_eq!(is_local(&Uri::from_static("/health"), &with(header::HOST, host)), local, "{host:?}");
         }
-        assert!(is_local(&HeaderMap::new()));
+        let (here, elsewhere) =
+            (Uri::from_static("http://127.0.0.1:80/"), Uri::from_static("http://evil.example/"));
+        assert!(is_local(&here, &HeaderMap::new()) && !is_local(&elsewhere, &HeaderMap::new()));
+        assert!(!is_local(&elsewhere, &with(header::HOST, "localhost")));
+        let mut two = with(header::HOST, "localhost");
+        two.append(header::HOST, HeaderValue::from_static("evil.example"));
+        assert!(!is_local(&here, &two));
     }
 }

@@ -148,6 +148,7 @@ impl Question {
         let images = (1..).zip(&pictures).map(image).collect::<Answer<Vec<_>>>()?;
         let prompt = engine.prompt(&chat.pieces(&engine.facts().template)?)?;
         params.constraint = response_format::compiled(model, form)?;
+        choosing::blame(&params)?;
         let request = |params| Request { priority, ..Request::new(prompt.clone(), images.clone(), params) };
         Ok(choosing::each(&params, count).map(request).collect())
     }

@@ -109,8 +109,11 @@ pub(super) fn check(params: &GenerateParams, model: &Model) -> Answer<()> {
 }
 
 /// Refuses what the engine would, with the name that the parameter has here.
-fn blame(params: &GenerateParams) -> Answer<()> {
-    let plain = GenerateParams::default;
+///
+/// # Errors
+/// For values that mean nothing, or that do not go with `params.constraint`.
+pub(super) fn blame(params: &GenerateParams) -> Answer<()> {
+    let plain = || GenerateParams { constraint: params.constraint.clone(), ..GenerateParams::default() };
     let alone = [
         ("max_tokens", GenerateParams { max_new_tokens: params.max_new_tokens, ..plain() }),
         ("repetition_penalty", GenerateParams { repetition_penalty: params.repetition_penalty, ..plain() }),

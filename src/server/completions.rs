@@ -97,6 +97,7 @@ impl Texted {
         choosing::check(&params, model)?;
         let engine = &model.engine;
         params.constraint = response_format::compiled(model, form)?;
+        choosing::blame(&params)?;
         let mut requests = Vec::new();
         for text in prompts {
             let prompt =

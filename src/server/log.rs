@@ -70,7 +70,7 @@ impl Drop for Line {
             method = %self.method,
             path = self.path,
             status = self.status.get_mut(),
-            ms = self.arrived.elapsed().as_millis(),
+            ms = u64::try_from(self.arrived.elapsed().as_millis()).unwrap_or(u64::MAX),
             prompt_tokens = self.prompt.get_mut(),
             completion_tokens = self.completion.get_mut(),
             "request"

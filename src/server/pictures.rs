@@ -14,7 +14,11 @@ use super::state::{AppState, BUFFER_UNIT};
 #[derive(Debug)]
 pub(super) enum Picture {
     /// A data URI, or what is none.
-    Sent(String),
+    Sent {
+        url: String,
+        /// Its place among all that are held.
+        _room: OwnedSemaphorePermit,
+    },
     /// The bytes of an image that was elsewhere.
     Fetched {
         bytes: Vec<u8>,
@@ -30,7 +34,7 @@ impl Picture {
     /// When it was sent as anything but a data URI in base64.
     pub(super) fn bytes(&self, number: usize) -> Answer<Cow<'_, [u8]>> {
         match self {
-            Self::Sent(url) => image_url::data(number, url).map(Cow::Owned),
+            Self::Sent { url, .. } => image_url::data(number, url).map(Cow::Owned),
             Self::Fetched { bytes, .. } => Ok(Cow::Borrowed(bytes)),
         }
     }
@@ -49,7 +53,8 @@ pub(super) async fn gather(state: &AppState, entry: &Entry, urls: Vec<String>) -
             pictures.push(if is_remote(&url) {
                 fetch(state, number, &url).await?
             } else {
-                Picture::Sent(url)
+                let room = room(state, url.len().div_ceil(BUFFER_UNIT))?;
+                Picture::Sent { url, _room: room }
             });
         }
         Ok(pictures)
@@ -59,15 +64,19 @@ pub(super) async fn gather(state: &AppState, entry: &Entry, urls: Vec<String>) -
 
 async fn fetch(state: &AppState, number: usize, url: &str) -> Answer<Picture> {
     let units = |bytes: usize| bytes.div_ceil(BUFFER_UNIT);
-    let most = u32::try_from(units(state.options().limits.body_bytes)).unwrap_or(u32::MAX);
-    let mut room = Arc::clone(state.buffered())
-        .try_acquire_many_owned(most)
-        .map_err(|_| ApiError::busy("the images of other requests take all room; ask again in a while"))?;
+    let mut room = room(state, units(state.options().limits.body_bytes))?;
     let bytes = state.remote().fetch(&number.to_string(), url).await;
     let bytes = bytes.map_err(|error| ApiError::from(error).about("messages"))?;
     // What the image turned out not to need is others' again.
     drop(room.split(room.num_permits().saturating_sub(units(bytes.len()))));
     Ok(Picture::Fetched { bytes, _room: room })
+}
+
+/// So many units of what all requests together may hold.
+fn room(state: &AppState, units: usize) -> Answer<OwnedSemaphorePermit> {
+    let units = u32::try_from(units).unwrap_or(u32::MAX);
+    let room = Arc::clone(state.buffered()).try_acquire_many_owned(units);
+    room.map_err(|_| ApiError::busy("the images of other requests take all room; ask again in a while"))
 }
 
 /// Whether `url` names another machine: `http:` or `https:`, in any case.

@@ -196,9 +196,13 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
     marks.mark("load");
 
     facts.context = facts.context.min(model.capacity()?);
+    facts.read_of_images(&package, model.visual_tokens());
+    if let Some(report) = &facts.visual_tokens {
+        context.format().say(format_args!("notice: {report}"));
+    }
     let reports = model.reports();
     let (before, after) = around(&facts)?;
-    let scene = Scene { file, limits: arguments.model.limits(), before, after };
+    let scene = Scene { picture, file, limits: arguments.model.limits(), before, after };
     let preprocessor = Preprocessor::new(&package.manifest().image);
     let token = CancelToken::new();
     let bar = bar()?;
@@ -230,7 +234,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
             budget_s: arguments.budget,
             steps: wishes.steps,
             text_tokens: wishes.text,
-            picture: &picture,
+            picture: &scene.picture,
             picture_bytes: scene.file.len(),
             model: settings,
         },

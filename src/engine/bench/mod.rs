@@ -30,6 +30,8 @@ pub use samples::{Measurement, Summary, What};
 /// A picture, and the text that the package's template puts around it and a question.
 #[derive(Clone, Debug)]
 pub struct Scene {
+    /// What the image is called, for errors.
+    pub picture: String,
     /// An image file's bytes.
     pub file: Vec<u8>,
     /// What the file may take.
@@ -212,7 +214,7 @@ impl<'a> Bench<'a> {
         wishes: &'a Wishes,
     ) -> Result<Self> {
         let cache = model.empty_cache()?;
-        let picture = decode("picture", &scene.file, &scene.limits)?;
+        let picture = decode(&scene.picture, &scene.file, &scene.limits)?;
         Ok(Self { model, cache, facts, preprocessor, scene, wishes, picture, made: 0 })
     }
 
@@ -276,7 +278,7 @@ impl<'a> Bench<'a> {
     }
 
     fn preprocess(&self) -> Result<ImageInput> {
-        let rgb = decode("picture", &self.scene.file, &self.scene.limits)?;
+        let rgb = decode(&self.scene.picture, &self.scene.file, &self.scene.limits)?;
         Ok(ImageInput::new(self.preprocessor.run(&rgb, None)))
     }
 

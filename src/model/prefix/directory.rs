@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use super::super::kv_cache::PositionKey;
 use super::scope::{Scope, after, is_image};
-use super::snapshot::{self, Record, Snapshot};
+use super::snapshot::{self, Record, Snapshot, Unusable};
 use crate::disk::{hex, lock_failed, remove_all, seconds, sync_dir, write_failed};
 use crate::error::{Error, Result, size};
 
@@ -86,6 +86,8 @@ pub enum State {
     Abandoned,
     /// It cannot be used; the text says why.
     Damaged(String),
+    /// It cannot be read by this user; the text says why. Others may use it.
+    Unreadable(String),
 }
 
 /// What a pruning removed.
@@ -146,7 +148,7 @@ impl PrefixDirectory {
             .files(scope)
             .filter_map(|path| {
                 let bytes = path.metadata().ok()?.len();
-                let held = snapshot::record(&path).ok()?.keys()?;
+                let held = keys_of(&path, scope)?;
                 let common = held.iter().zip(keys).take_while(|(held, wanted)| held == wanted).count();
                 keys.get(beyond..common)?.iter().any(is_image).then_some((common, bytes, path))
             })
@@ -167,8 +169,10 @@ impl PrefixDirectory {
         keys: &[PositionKey],
         data: &[u8],
     ) -> Result<PathBuf> {
-        if data.len() as u64 > self.limit {
-            let (needed, limit) = (size(data.len() as u64), size(self.limit));
+        let record = Record::new(name, scope, keys, seconds(SystemTime::now()));
+        let bytes = record.file_bytes().unwrap_or(u64::MAX);
+        if bytes > self.limit {
+            let (needed, limit) = (size(bytes), size(self.limit));
             let text = format!("a prefix of {} positions takes {needed} of at most {limit}", keys.len());
             return Err(Error::cache(&self.root, format!("{text}; raise --snapshot-limit")));
         }
@@ -178,7 +182,6 @@ impl PrefixDirectory {
         let file = tempfile::Builder::new().prefix(PARTIAL).tempfile_in(&self.root).map_err(failed)?;
         // Nobody else knows the file; where there are no locks, age alone protects it from pruning.
         let _ = file.as_file().try_lock();
-        let record = Record::new(name, scope, keys, seconds(SystemTime::now()));
         snapshot::write(file.as_file(), &record, data).map_err(failed)?;
         file.persist(&path).map_err(|e| failed(e.error))?;
         sync_dir(&self.root).map_err(failed)?;
@@ -216,8 +219,7 @@ impl PrefixDirectory {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(e) => {
-                let text = format!("it cannot be read ({e}); use another directory");
-                return Err(Error::cache(&self.root, text).because(e));
+                return Err(Error::cache(&self.root, "it cannot be read; use another directory").because(e));
             }
         };
         let mut listed: Vec<Listed> = entries.filter_map(|entry| look(&entry.ok()?.path())).collect();
@@ -225,7 +227,7 @@ impl PrefixDirectory {
         Ok(listed)
     }
 
-    /// Removes what killed processes left and what is damaged, then snapshots until at most `limit` bytes are left,
+    /// Removes what killed processes left and what is damaged, then readable snapshots until at most `limit` bytes are left,
     /// those first that were used longest ago. What a process writes stays.
     ///
     /// # Errors
@@ -251,8 +253,7 @@ impl PrefixDirectory {
     /// Removes snapshots of nothing but the beginning of `keys`: the one at `path` serves instead.
     fn drop_prefixes(&self, scope: &Scope, keys: &[PositionKey], path: &Path) {
         for other in self.files(scope).filter(|other| other != path) {
-            let held = snapshot::record(&other).ok().and_then(|record| record.keys());
-            if held.is_some_and(|held| keys.starts_with(&held)) {
+            if keys_of(&other, scope).is_some_and(|held| keys.starts_with(&held)) {
                 discard(&other);
             }
         }
@@ -263,12 +264,18 @@ impl PrefixDirectory {
         let start = format!("{}-", hex(&scope.digest()[..NAME]));
         let entries = fs::read_dir(&self.root).into_iter().flatten().filter_map(std::result::Result::ok);
         let own = entries.filter(move |entry| entry.file_name().to_string_lossy().starts_with(&start));
-        own.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|kind| kind == EXTENSION))
+        own.map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|kind| kind == EXTENSION) && path.is_file())
     }
 }
 
+/// What the snapshot at `path` says that it holds, if it was read by `scope`.
+fn keys_of(path: &Path, scope: &Scope) -> Option<Vec<PositionKey>> {
+    snapshot::record(path).ok().filter(|record| record.scope == *scope)?.keys()
+}
+
 /// Opens a snapshot for use.
-pub(super) fn open(path: &Path, scope: &Scope) -> Result<Snapshot, String> {
+pub(super) fn open(path: &Path, scope: &Scope) -> Result<Snapshot, Unusable> {
     let snapshot = Snapshot::open(path, |other| other == scope)?;
     // The time of use decides only what is removed first.
     let used = File::options().append(true).open(path);
@@ -293,7 +300,9 @@ fn look(path: &Path) -> Option<Listed> {
     } else if is_ours(&file) {
         match snapshot::record(path) {
             Ok(record) => (State::Whole, Some(content(&record))),
-            Err(why) => (State::Damaged(why), None),
+            Err(Unusable::Wrong(why)) => (State::Damaged(why), None),
+            Err(Unusable::Unreadable(error)) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(why) => (State::Unreadable(why.to_string()), None),
         }
     } else {
         return None;

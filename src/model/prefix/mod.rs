@@ -20,6 +20,7 @@ mod snapshot;
 mod tests;
 
 use std::collections::HashSet;
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -35,7 +36,7 @@ use super::projector::ImageEmbeds;
 use crate::error::{Error, Result, size};
 use directory::Claim;
 use memory::MemoryStore;
-use snapshot::Snapshot;
+use snapshot::{Snapshot, Unusable};
 
 pub use directory::{Content, Listed, PrefixDirectory, Pruned, State};
 pub use scope::{Scope, Served, Stretch};
@@ -304,16 +305,22 @@ impl Prefixes {
                 snapshot.add_to(cache, keys, common)?;
                 return Ok(Some(common - held));
             }
-            self.refuse(path, "it holds something else than its name says");
+            self.refuse(path, &"it holds something else than its name says".into());
         }
         Ok(None)
     }
 
-    /// Tells of a snapshot that must not be used, once, and removes it.
-    fn refuse(&mut self, path: PathBuf, why: &str) {
+    /// Tells of a snapshot that must not be used, once, and removes it, unless others may be able to read it.
+    fn refuse(&mut self, path: PathBuf, why: &Unusable) {
+        let unreadable = match why {
+            // Another process removed it meanwhile.
+            Unusable::Unreadable(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Unusable::Unreadable(_) => true,
+            Unusable::Wrong(_) => false,
+        };
         let text = format!("snapshot {} is not used: {why}; the prompt is read again", path.display());
         tell(self.notices.as_ref(), text);
-        if !directory::discard(&path) {
+        if unreadable || !directory::discard(&path) {
             self.refused.insert(path);
         }
     }
@@ -354,12 +361,17 @@ impl Prefixes {
     pub(super) fn write(&mut self, cache: &KvCache, keys: &[PositionKey], found: Found) {
         let (Some(claim), Some(directory)) = (found.claim, &self.directory) else { return };
         let Some(last) = scope::last_image_end(keys) else { return };
+        // What lies there cannot be read, or not be removed: it is not ours to replace.
+        if self.refused.contains(&directory.path(&self.scope, &keys[..last])) {
+            return;
+        }
         let needed = (last * cache.layout().position_bytes()) as u64;
         if needed > directory.limit() {
             if !self.too_large {
                 let (needed, limit) = (size(needed), size(directory.limit()));
-                let text =
-                    format!("no snapshot is written: {last} positions take {needed} of at most {limit}");
+                let text = format!(
+                    "no snapshot is written: {last} positions take {needed} of at most {limit}; raise --snapshot-limit"
+                );
                 tell(self.notices.as_ref(), text);
                 self.too_large = true;
             }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::super::kv_cache::KvCache;
 use super::scope::Scope;
-use super::snapshot::{self, Record, Snapshot};
+use super::snapshot::{self, Record, Snapshot, Unusable};
 use super::{Prefixes, tell};
 use crate::disk::{hex, sync_dir};
 use crate::error::{Error, Result};
@@ -93,7 +93,7 @@ fn publish(file: tempfile::NamedTempFile, path: &Path) -> std::io::Result<()> {
 
 /// The snapshot that `spec` names, proved whole. The processor and the runtime that made it may be others, as for every
 /// golden: a package goes to other machines.
-fn open(package: &ModelPackage, spec: &SnapshotSpec, scope: &Scope) -> Result<Snapshot, String> {
+fn open(package: &ModelPackage, spec: &SnapshotSpec, scope: &Scope) -> Result<Snapshot, Unusable> {
     let serves = |other: &Scope| {
         let decoder = |scope: &Scope| scope.components.iter().find(|one| one.component == DECODER).cloned();
         other.package == scope.package && other.layout == scope.layout && decoder(other) == decoder(scope)
@@ -104,7 +104,7 @@ fn open(package: &ModelPackage, spec: &SnapshotSpec, scope: &Scope) -> Result<Sn
     };
     if snapshot.keys.len() != spec.positions {
         let (found, wanted) = (snapshot.keys.len(), spec.positions);
-        return Err(format!("it holds {found} positions, the manifest says {wanted}"));
+        return Err(format!("it holds {found} positions, the manifest says {wanted}").into());
     }
     Ok(snapshot)
 }

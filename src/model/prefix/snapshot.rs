@@ -3,6 +3,7 @@
 //! The header is exactly what this program writes for its record, byte for byte, so that nothing in it needs to be
 //! believed.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Write};
 use std::path::Path;
@@ -23,6 +24,7 @@ const FORMAT: u32 = 1;
 /// More than the header of a full context takes.
 const LARGEST_HEADER: u64 = 16 << 20;
 const LENGTH: usize = 8;
+const CUT_OFF: &str = "it was cut off";
 
 /// What a snapshot holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,7 +72,18 @@ impl Record {
     fn tensor_bytes(&self) -> Option<usize> {
         let layout = self.scope.layout;
         let row = layout.heads.checked_mul(layout.columns)?.checked_mul(layout.dtype.bytes())?;
+        // Rows of nothing would let a small file speak of any number of positions.
+        if row == 0 {
+            return None;
+        }
         row.checked_mul(self.positions)
+    }
+
+    /// Bytes of its file.
+    pub(super) fn file_bytes(&self) -> Option<u64> {
+        // Every hash is as long as this one.
+        let header = self.header(&hex(&[0; 32]))?.len();
+        Some(header.checked_add(self.data_bytes()?)? as u64)
     }
 
     /// The header for this record: its length and its text.
@@ -114,6 +127,45 @@ impl Record {
     }
 }
 
+/// Why a snapshot is not used.
+#[derive(Debug)]
+pub(super) enum Unusable {
+    /// It is not what this program writes, or not what is wanted.
+    Wrong(String),
+    /// It cannot be read here; others may be able to.
+    Unreadable(io::Error),
+}
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Wrong(why) => f.write_str(why),
+            Self::Unreadable(error) => write!(f, "it cannot be read ({error})"),
+        }
+    }
+}
+
+impl From<String> for Unusable {
+    fn from(why: String) -> Self {
+        Self::Wrong(why)
+    }
+}
+
+impl From<&str> for Unusable {
+    fn from(why: &str) -> Self {
+        Self::Wrong(why.to_owned())
+    }
+}
+
+impl From<io::Error> for Unusable {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof => CUT_OFF.into(),
+            _ => Self::Unreadable(error),
+        }
+    }
+}
+
 /// Writes a snapshot of `data`, the rows of every tensor.
 pub(super) fn write(file: &File, record: &Record, data: &[u8]) -> io::Result<()> {
     let wrong = || io::Error::other("its rows are not those of its record");
@@ -154,34 +206,36 @@ impl Bytes {
 impl Snapshot {
     /// Maps the snapshot at `path`, if every byte is as it was written for a scope that `serves`; else says what is
     /// wrong.
-    pub(super) fn open(path: &Path, serves: impl Fn(&Scope) -> bool) -> Result<Self, String> {
-        let unreadable = |e: io::Error| format!("it cannot be read ({e})");
-        let file = File::open(path).map_err(unreadable)?;
-        Self::prove(Bytes::Mapped(map(&file).map_err(unreadable)?), serves)
+    pub(super) fn open(path: &Path, serves: impl Fn(&Scope) -> bool) -> Result<Self, Unusable> {
+        let file = File::open(path)?;
+        if file.metadata()?.len() == 0 {
+            return Err(CUT_OFF.into());
+        }
+        Self::prove(Bytes::Mapped(map(&file)?), serves)
     }
 
     /// The same, for one inside the program.
-    pub(super) fn of(bytes: &'static [u8], serves: impl Fn(&Scope) -> bool) -> Result<Self, String> {
+    pub(super) fn of(bytes: &'static [u8], serves: impl Fn(&Scope) -> bool) -> Result<Self, Unusable> {
         Self::prove(Bytes::Memory(bytes), serves)
     }
 
-    fn prove(bytes: Bytes, serves: impl Fn(&Scope) -> bool) -> Result<Self, String> {
+    fn prove(bytes: Bytes, serves: impl Fn(&Scope) -> bool) -> Result<Self, Unusable> {
         let all = bytes.all();
         let (record, sha256) = parse(all)?;
         if !serves(&record.scope) {
-            return Err("it was read by another model, variant, provider or version".to_owned());
+            return Err("it was read by another model, variant, provider or version".into());
         }
-        let damaged = || "it is damaged".to_owned();
+        let damaged = || Unusable::from("it is damaged");
         let header = record.header(&sha256).ok_or_else(damaged)?;
         if !all.starts_with(&header) {
-            return Err("its header is not what belongs to its record".to_owned());
+            return Err("its header is not what belongs to its record".into());
         }
         let data = &all[header.len()..];
         if record.data_bytes() != Some(data.len()) {
-            return Err("it was cut off".to_owned());
+            return Err(CUT_OFF.into());
         }
         if record.hash(data).as_ref() != Some(&sha256) {
-            return Err("its hash is another one".to_owned());
+            return Err("its hash is another one".into());
         }
         let keys = record.keys().ok_or_else(damaged)?;
         Ok(Self { at: header.len(), bytes, keys })
@@ -203,25 +257,24 @@ impl Snapshot {
 }
 
 /// The record of the snapshot at `path`, without a look at its rows.
-pub(super) fn record(path: &Path) -> Result<Record, String> {
-    let unreadable = |e: io::Error| format!("it cannot be read ({e})");
-    let mut file = File::open(path).map_err(unreadable)?;
-    let whole = file.metadata().map_err(unreadable)?.len();
+pub(super) fn record(path: &Path) -> Result<Record, Unusable> {
+    let mut file = File::open(path)?;
+    let whole = file.metadata()?.len();
     let mut length = [0; LENGTH];
-    file.read_exact(&mut length).map_err(unreadable)?;
+    file.read_exact(&mut length)?;
     let size = u64::from_le_bytes(length);
     if size > LARGEST_HEADER {
-        return Err("its header is too long".to_owned());
+        return Err("its header is too long".into());
     }
     let mut header = length.to_vec();
-    let read = file.take(size).read_to_end(&mut header).map_err(unreadable)?;
+    let read = file.take(size).read_to_end(&mut header)?;
     if read as u64 != size {
-        return Err("it was cut off".to_owned());
+        return Err(CUT_OFF.into());
     }
     let (record, _) = parse(&header)?;
     let wanted = record.data_bytes().and_then(|data| data.checked_add(header.len())).map(|all| all as u64);
     if wanted != Some(whole) {
-        return Err("it was cut off".to_owned());
+        return Err(CUT_OFF.into());
     }
     Ok(record)
 }
@@ -229,12 +282,12 @@ pub(super) fn record(path: &Path) -> Result<Record, String> {
 /// The record and the hash in the header at the beginning of `bytes`.
 fn parse(bytes: &[u8]) -> Result<(Record, String), String> {
     let no_snapshot = |e: &dyn std::fmt::Display| format!("it is no snapshot ({e})");
-    let declared = bytes.first_chunk().map_or(u64::MAX, |length| u64::from_le_bytes(*length));
+    let declared = u64::from_le_bytes(*bytes.first_chunk().ok_or(CUT_OFF)?);
     if declared > LARGEST_HEADER {
         return Err("its header is too long".to_owned());
     }
     let header = usize::try_from(declared).ok().and_then(|size| bytes.get(LENGTH..LENGTH.checked_add(size)?));
-    let header = header.ok_or_else(|| "it was cut off".to_owned())?;
+    let header = header.ok_or(CUT_OFF)?;
     let all: Value = serde_json::from_slice(header).map_err(|e| no_snapshot(&e))?;
     let text = |name: &str| all.get("__metadata__").and_then(|meta| meta.get(name)).and_then(Value::as_str);
     let (Some(record), Some(sha256)) = (text("record"), text("sha256")) else {

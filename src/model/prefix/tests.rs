@@ -314,6 +314,49 @@ fn what_is_not_as_it_was_written_is_refused_told_once_and_written_anew() {
 }
 
 #[test]
+fn a_snapshot_that_this_user_cannot_read_stays_as_it_is() {
+    let (dir, told) = (TempDir::new().unwrap(), Arc::default());
+    let directory = PrefixDirectory::at(dir.path(), PLENTY);
+    let keys = prompt(0..20, &[1]);
+    ask(&mut prefixes(0, Some(&directory), &Arc::default()), &mut cache(KvForm::Shared, DType::F32), &keys);
+    let file = files(&dir)[0].clone();
+    let whole = fs::metadata(&file).unwrap().modified().unwrap();
+    let mut prefixes = prefixes(0, Some(&directory), &told);
+    let denied = io::Error::from(io::ErrorKind::PermissionDenied);
+    prefixes.refuse(file.clone(), &Unusable::Unreadable(denied));
+    assert_eq!(ask(&mut prefixes, &mut cache(KvForm::Shared, DType::F32), &keys).total(), 0);
+    drop(prefixes);
+    assert_eq!(fs::metadata(&file).unwrap().modified().unwrap(), whole);
+    let told = told.lock().unwrap();
+    assert!(told.len() == 1 && told[0].contains("it cannot be read"), "{told:?}");
+}
+
+#[test]
+fn what_a_file_claims_to_hold_costs_no_memory() {
+    let (dir, told) = (TempDir::new().unwrap(), Arc::default());
+    let directory = PrefixDirectory::at(dir.path(), PLENTY);
+    let keys = prompt(0..20, &[1]);
+    ask(&mut prefixes(0, Some(&directory), &told), &mut cache(KvForm::Shared, DType::F32), &keys);
+    let file = files(&dir)[0].clone();
+    let mut record = snapshot::record(&file).unwrap();
+    fs::remove_file(&file).unwrap();
+    // Of the same scope, by its name, and not of exactly these positions.
+    let liar = directory.path(&record.scope, &keys[..3]);
+    let Some(Stretch::Image { to, .. }) = record.content.last_mut() else { unreachable!() };
+    *to += 1_000_000_000_000;
+    record.positions += 1_000_000_000_000;
+    let heads = record.scope.layout.heads;
+    for (what, heads) in [("rows of nothing", 0), ("as many rows", heads)] {
+        record.scope.layout.heads = heads;
+        let text = serde_json::to_string(&record).unwrap();
+        let header = serde_json::json!({ "__metadata__": { "record": text, "sha256": "" } }).to_string();
+        fs::write(&liar, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
+        assert!(matches!(directory.list().unwrap()[0].state, State::Damaged(_)), "{what}");
+        assert!(directory.candidates(&scope_of("v"), &keys, 0, keys.len() - 1).is_empty(), "{what}");
+    }
+}
+
+#[test]
 fn a_snapshot_of_another_model_is_not_found_and_under_a_false_name_refused() {
     let (dir, told) = (TempDir::new().unwrap(), Arc::default());
     let directory = PrefixDirectory::at(dir.path(), PLENTY);
@@ -328,7 +371,7 @@ fn a_snapshot_of_another_model_is_not_found_and_under_a_false_name_refused() {
     let own = directory.path(&scope_of("v"), &keys[..last]);
     fs::copy(&own, &foreign).unwrap();
     let why = super::directory::open(&foreign, &other).unwrap_err();
-    assert_eq!(why, "it was read by another model, variant, provider or version");
+    assert_eq!(why.to_string(), "it was read by another model, variant, provider or version");
     // Another prompt's snapshot under the name of this one.
     let wanted = prompt(0..20, &[9]);
     fs::rename(&own, directory.path(&scope_of("v"), &wanted[..last])).unwrap();

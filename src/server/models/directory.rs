@@ -88,7 +88,8 @@ impl ModelsDirectory {
     /// What went wrong, for clients: where files lie is not told.
     pub(super) fn told(&self, error: &Error) -> String {
         let mut text = error.to_string();
-        let places = [Some(self.path.clone()), fs::canonicalize(&self.path).ok()];
+        // The longer one first: the other may be a part of it.
+        let places = [fs::canonicalize(&self.path).ok(), Some(self.path.clone())];
         for place in places.into_iter().flatten().map(|place| place.display().to_string()) {
             if !place.is_empty() {
                 text = text.replace(&format!("{}/", place.trim_end_matches('/')), "");
