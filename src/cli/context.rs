@@ -71,6 +71,7 @@ impl Context {
     }
 
     /// Says once where nothing can be kept between runs; such a place is then used only for what is there already.
+    #[cfg(feature = "server")]
     pub(super) fn check_cache(&self) {
         self.closed.get_or_init(|| {
             let written = self.cache_dir().map_or(Ok(()), |dir| crate::disk::check_writable(&dir));
