@@ -173,7 +173,7 @@ fn log(command: &Command) {
     let (asked, unreadable) = asked.transpose().map_or_else(|e| (None, Some(e)), |asked| (asked, None));
     let filter = asked.unwrap_or_else(|| EnvFilter::new(command.log()));
     // It traces each character of each prompt.
-    let filter = filter.add_directive(Directive::from_str("tokenizers=debug").unwrap_or_default());
+    let filter = filter.add_directive(Directive::from_str("tokenizers=off").unwrap_or_default());
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     let log = log.with_ansi(io::stderr().is_terminal());
     match command.log_format() {
