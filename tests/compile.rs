@@ -278,6 +278,22 @@ fn asked(dir: &Path, args: &[&str]) -> (Value, Value) {
 }
 
 #[test]
+fn weights_that_are_asked_for_packed_and_cannot_be_kept_are_told() {
+    let dir = TempDir::new().unwrap();
+    let mut command = program(&dir.path().join("cache"));
+    command.args(["ask", "--packed-weights", "kept", "--kernels", "onnxruntime", PHOTO, "What is it?"]);
+    let told = String::from_utf8(command.output().unwrap().stderr).unwrap();
+    let decoder: Vec<_> = told.lines().filter(|line| line.contains("of the decoder")).collect();
+    assert_eq!(
+        decoder,
+        [
+            "the packed weights of the decoder are not kept: the package is inside this program, where nothing can be \
+             mapped"
+        ]
+    );
+}
+
+#[test]
 fn packed_weights_are_kept_and_a_self_check_is_passed_once() {
     let dir = TempDir::new().unwrap();
     let package = on_disk(dir.path());

@@ -9,6 +9,7 @@ use std::{
 use super::say::LogFormat;
 use super::session::parse_size;
 use crate::compiled::CompiledCache;
+use crate::engine::ModelFacts;
 use crate::error::Result;
 use crate::model::compiled::NoticeSink;
 use crate::model::prefix::PrefixDirectory;
@@ -68,6 +69,13 @@ impl Context {
     pub(super) fn notices(&self) -> NoticeSink {
         let format = self.format;
         NoticeSink::new(move |notice| format.say(notice))
+    }
+
+    /// Tells on standard error what is known of a model that reads less than all of an image.
+    pub(super) fn tell_visual_tokens(&self, facts: &ModelFacts) {
+        if let Some(report) = &facts.visual_tokens {
+            self.format.say(format_args!("notice: {report}"));
+        }
     }
 
     /// Says once where nothing can be kept between runs; such a place is then used only for what is there already.

@@ -149,9 +149,7 @@ impl ModelArguments {
         let model = ModelOptions { parallel, ..self.model_options(context, runtime, package)? };
         let options = EngineOptions { library: context.library(), model, limits: self.limits(), queue };
         let engine = Engine::open(package, &options)?;
-        if let Some(report) = &engine.facts().visual_tokens {
-            context.format().say(format_args!("notice: {report}"));
-        }
+        context.tell_visual_tokens(engine.facts());
         Ok(engine)
     }
 

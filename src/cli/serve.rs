@@ -10,6 +10,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use clap::builder::NonEmptyStringValueParser;
+
 use super::context::Context;
 use super::model::ModelArguments;
 use super::say::LogFormat;
@@ -27,7 +29,7 @@ pub(super) struct Arguments {
     model: ModelArguments,
 
     /// What requests call the model; the package's own name otherwise
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
     model_name: Option<String>,
 
     /// A directory of packages, instead of --model: each is a model by its directory's name, opened when it is asked for
@@ -36,7 +38,7 @@ pub(super) struct Arguments {
 
     /// The most models of --models-dir that are open at once, where memory does not allow fewer; for one more, that which
     /// was used longest ago is closed
-    #[arg(long, value_name = "N", default_value = "4")]
+    #[arg(long, value_name = "N", default_value = "4", requires = "models_dir")]
     max_models: NonZeroUsize,
 
     /// Open this model of --models-dir before requests are taken; can be given several times

@@ -53,10 +53,15 @@ impl LoadReport {
         change(&mut self.load());
     }
 
-    /// Counts one more request if fewer than `queue` wait beyond those that can be active; tells how many wait otherwise.
+    /// The most requests that are taken at once where `queue` may wait beyond those that can be active.
+    pub(super) fn most(&self, queue: Option<usize>) -> usize {
+        queue.map_or(usize::MAX, |queue| self.load().parallel.saturating_add(queue))
+    }
+
+    /// Counts one more request if there are fewer than [`LoadReport::most`]; tells how many wait otherwise.
     pub(super) fn enter(&self, queue: Option<usize>) -> Result<(), usize> {
+        let most = self.most(queue);
         let mut load = self.load();
-        let most = queue.map_or(usize::MAX, |queue| load.parallel.saturating_add(queue));
         if load.waiting + load.active >= most {
             load.refused += 1;
             return Err(load.waiting);

@@ -232,6 +232,11 @@ impl Engine {
         self.worker.send(job)
     }
 
+    /// The most requests that are taken at once, those that wait among them; [`usize::MAX`] where nothing bounds them.
+    pub fn most_requests(&self) -> usize {
+        self.load.most(self.queue)
+    }
+
     /// As [`Engine::submit`], with the events as an iterator.
     ///
     /// # Errors

@@ -234,7 +234,9 @@ impl Loader {
     pub(super) fn keeps(&self, component: Component, candidate: &Candidate) -> bool {
         let graph = self.package.graph(component, &candidate.variant);
         let kernels = self.kernels(component, candidate);
-        graph.is_some_and(|(spec, _)| compiled::is_kept(self, candidate.target.provider, spec, kernels))
+        graph.is_some_and(|(spec, _)| {
+            compiled::unkept(self, candidate.target.provider, spec, kernels).is_none()
+        })
     }
 
     /// Why the provider of a candidate cannot be had at all, as far as that is known without its graph.

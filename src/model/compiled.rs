@@ -100,6 +100,8 @@ pub enum Notice {
     /// The weights of a component, of so many bytes on disk, are brought into the layout of the processor's kernels, for
     /// this session and all later ones.
     Packing(Component, u64),
+    /// The weights of a component were to be kept in the layout of the processor's kernels and are not, for this reason.
+    Unkept(Component, &'static str),
     /// Another process compiles the same component, and this one waits for it.
     Waiting(Component, Target),
     /// What was read before cannot be used, or cannot be kept.
@@ -115,6 +117,9 @@ impl fmt::Display for Notice {
             Self::Packing(component, bytes) => {
                 let (component, about) = (component.name(), size(bytes.saturating_mul(PACKED_PERCENT) / 100));
                 write!(f, "packing the weights of the {component}, once; about {about} in the cache")
+            }
+            Self::Unkept(component, reason) => {
+                write!(f, "the packed weights of the {} are not kept: {reason}", component.name())
             }
             Self::Waiting(component, target) => {
                 write!(f, "waiting for another process that compiles {} for {target}", component.name())
@@ -165,8 +170,18 @@ pub(super) struct Request<'a> {
 /// As [`Graph::open`]. That the cache cannot be used is none: the report says it.
 pub(super) fn open(loader: &Loader, request: &Request<'_>) -> Opening<(Graph, Option<CompiledReport>)> {
     let provider = request.session.target.provider;
-    let kept = is_kept(loader, provider, request.spec, request.session.kernels);
-    let Some(cache) = loader.options.compiled.as_deref().filter(|_| kept) else {
+    let notify = |notice: Notice| {
+        tracing::info!("{notice}");
+        if let Some(sink) = &loader.options.notices {
+            sink.tell(notice);
+        }
+    };
+    let unkept = unkept(loader, provider, request.spec, request.session.kernels);
+    let Some(cache) = loader.options.compiled.as_deref().filter(|_| unkept.is_none()) else {
+        let asked = matches!(loader.options.packed_weights, PackedWeights::KeptFrom(_));
+        if asked && provider == Provider::Cpu {
+            notify(Notice::Unkept(request.component, unkept.unwrap_or("there is no cache")));
+        }
         return Ok((request.graph(Compiled::Unkept)?, None));
     };
     let only_found = provider == Provider::Cpu && loader.options.packed_weights == PackedWeights::Found;
@@ -193,12 +208,6 @@ pub(super) fn open(loader: &Loader, request: &Request<'_>) -> Opening<(Graph, Op
     }
     // Before anything is written or announced: mostly the provider is not there at all.
     Graph::check(request.component.name(), request.source, request.spec, &request.session)?;
-    let notify = |notice: Notice| {
-        tracing::info!("{notice}");
-        if let Some(sink) = &loader.options.notices {
-            sink.tell(notice);
-        }
-    };
     let target = request.session.target;
     let mut seconds = None;
     let built = cache.build(&key, &mut || notify(Notice::Waiting(request.component, target)), |dir| {
@@ -227,24 +236,30 @@ pub(super) fn open(loader: &Loader, request: &Request<'_>) -> Opening<(Graph, Op
     }
 }
 
-/// Whether what `provider` makes of a graph is to be kept.
-pub(super) fn is_kept(
+/// Why what `provider` makes of a graph is not to be kept; `None` where it is.
+pub(super) fn unkept(
     loader: &Loader,
     provider: Provider,
     spec: &GraphSpec,
     kernels: Option<Kernels>,
-) -> bool {
-    match (provider, loader.options.packed_weights) {
-        // This program's own kernels take weights as they lie in the package.
-        (Provider::Cpu, _) if kernels.is_some() => false,
-        (Provider::Cpu, PackedWeights::Private) => false,
-        (Provider::Cpu, PackedWeights::Found) => loader.package.directory().is_some(),
-        // What lies inside the program is small, and has no files that could be mapped.
-        (Provider::Cpu, PackedWeights::KeptFrom(least)) => {
-            loader.package.directory().is_some() && bytes(loader, spec) >= least
-        }
-        (provider, _) => provider.keeps_compiled(),
+) -> Option<&'static str> {
+    if provider != Provider::Cpu {
+        return (!provider.keeps_compiled()).then_some("the provider compiles nothing that could be kept");
     }
+    let small = match loader.options.packed_weights {
+        PackedWeights::Private => return Some("each session is to make its own"),
+        PackedWeights::Found => false,
+        PackedWeights::KeptFrom(least) => bytes(loader, spec) < least,
+    };
+    let reasons = [
+        (kernels.is_some(), "this program's own kernels read them as they lie in the package"),
+        (
+            loader.package.directory().is_none(),
+            "the package is inside this program, where nothing can be mapped",
+        ),
+        (small, "they are too small to be worth it"),
+    ];
+    reasons.into_iter().find_map(|(holds, reason)| holds.then_some(reason))
 }
 
 /// Bytes of the graph and its external data.

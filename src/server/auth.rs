@@ -28,7 +28,8 @@ impl Keys {
     /// [`Error::Request`] when the file cannot be read, holds no key, or has one that no header can carry.
     pub fn open(path: &Path) -> Result<Self> {
         let refused = |why: String| Error::Request(format!("key file {}: {why}", path.display()));
-        let text = fs::read_to_string(path).map_err(|e| refused(format!("it cannot be read: {e}")))?;
+        let text = fs::read_to_string(path)
+            .map_err(|e| refused(format!("it cannot be read ({e}); check the path")))?;
         Self::parse(&text).map_err(refused)
     }
 

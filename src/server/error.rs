@@ -76,6 +76,12 @@ impl ApiError {
         Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, INVALID, message).coded("unsupported_media_type")
     }
 
+    /// A body that is compressed.
+    pub(super) fn content_encoding() -> Self {
+        let message = "the body is encoded; send it as it is, without the header `Content-Encoding`";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, INVALID, message).coded("unsupported_content_encoding")
+    }
+
     /// A body of more than `limit` bytes.
     pub(super) fn too_large(limit: usize) -> Self {
         let message = format!("the body has more than {limit} bytes; send fewer or smaller images");

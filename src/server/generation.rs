@@ -109,6 +109,14 @@ impl Generation {
             }
             let requests = prepare(model)?;
             let (count, provider) = (requests.len(), model.provider());
+            let most = model.engine.most_requests();
+            if count > most {
+                // Told to come again, a client would come for ever.
+                let why = format!(
+                    "{count} answers are asked for and the server takes {most} at once; ask for fewer"
+                );
+                return Err(ApiError::value("n", why));
+            }
             for (index, mut request) in requests.into_iter().enumerate() {
                 request.deadline = Some(deadline);
                 leash.take(request.cancel.clone());

@@ -2,7 +2,7 @@
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, HeaderValue, header};
 use futures_util::StreamExt as _;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, Visitor, value::Error as Unread};
 use serde_json::{Map, Value};
@@ -67,6 +67,10 @@ impl<T: Members + Send + 'static> FromRequest<AppState> for Body<T> {
         if !is_json(request.headers()) {
             return Err(ApiError::media_type());
         }
+        let encoding = request.headers().get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes);
+        if encoding.is_some_and(|encoding| !encoding.eq_ignore_ascii_case(b"identity")) {
+            return Err(ApiError::content_encoding());
+        }
         let (bytes, _room) = collect(request, state).await?;
         let parsed = spawn_blocking(move || parse(&bytes)).await;
         parsed.map_err(|_| ApiError::internal())?.map(Self)
@@ -116,8 +120,9 @@ async fn collect(request: Request, state: &AppState) -> Answer<(Bytes, Vec<Owned
 
 /// Reads `bytes` as a `T`.
 pub(super) fn parse<T: Members>(bytes: &[u8]) -> Answer<T> {
-    let value = serde_json::from_slice(bytes)
-        .map_err(|e| ApiError::malformed(format!("the body is not JSON ({e}); send one object")))?;
+    let value = serde_json::from_slice(bytes).map_err(|e| {
+        ApiError::malformed(format!("the body cannot be read as JSON ({e}); send one object"))
+    })?;
     let Value::Object(mut members) = value else {
         return Err(ApiError::malformed("the body is JSON but no object; send one object"));
     };

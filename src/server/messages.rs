@@ -271,7 +271,7 @@ impl Conversation {
 
     fn finish(mut self) -> Answer<Self> {
         if self.messages.first().is_none_or(|first| first.role != Role::User) {
-            return Err(refused("messages hold no question before an answer; begin with the user"));
+            return Err(refused("there is no question before the first answer; begin with the user"));
         }
         if let Some(last) = self.messages.pop_if(|last| last.role == Role::Assistant) {
             self.begun = Some(last.text());

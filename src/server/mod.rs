@@ -174,7 +174,9 @@ pub fn run(
 ) -> Result<()> {
     options.validate()?;
     let address = options.address;
-    let failed = |e: std::io::Error| Error::Request(format!("{address} cannot be listened on: {e}"));
+    let failed = |e: std::io::Error| {
+        Error::Request(format!("{address} cannot be listened on ({e}); give another address or port"))
+    };
     let listener = TcpListener::bind(address).map_err(failed)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

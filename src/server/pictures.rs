@@ -53,7 +53,7 @@ pub(super) async fn gather(state: &AppState, entry: &Entry, urls: Vec<String>) -
             pictures.push(if is_remote(&url) {
                 fetch(state, number, &url).await?
             } else {
-                let room = room(state, url.len().div_ceil(BUFFER_UNIT))?;
+                let room = room(state, url.len())?;
                 Picture::Sent { url, _room: room }
             });
         }
@@ -63,18 +63,17 @@ pub(super) async fn gather(state: &AppState, entry: &Entry, urls: Vec<String>) -
 }
 
 async fn fetch(state: &AppState, number: usize, url: &str) -> Answer<Picture> {
-    let units = |bytes: usize| bytes.div_ceil(BUFFER_UNIT);
-    let mut room = room(state, units(state.options().limits.body_bytes))?;
+    let mut room = room(state, state.options().limits.body_bytes)?;
     let bytes = state.remote().fetch(&number.to_string(), url).await;
     let bytes = bytes.map_err(|error| ApiError::from(error).about("messages"))?;
     // What the image turned out not to need is others' again.
-    drop(room.split(room.num_permits().saturating_sub(units(bytes.len()))));
+    drop(room.split(room.num_permits().saturating_sub(bytes.len().div_ceil(BUFFER_UNIT))));
     Ok(Picture::Fetched { bytes, _room: room })
 }
 
-/// So many units of what all requests together may hold.
-fn room(state: &AppState, units: usize) -> Answer<OwnedSemaphorePermit> {
-    let units = u32::try_from(units).unwrap_or(u32::MAX);
+/// So many bytes of what all requests together may hold.
+fn room(state: &AppState, bytes: usize) -> Answer<OwnedSemaphorePermit> {
+    let units = u32::try_from(bytes.div_ceil(BUFFER_UNIT)).unwrap_or(u32::MAX);
     let room = Arc::clone(state.buffered()).try_acquire_many_owned(units);
     room.map_err(|_| ApiError::busy("the images of other requests take all room; ask again in a while"))
 }

@@ -154,6 +154,18 @@ fn memory_bounds_how_many_are_open() {
     assert_eq!(states(&server), ["broken=unloaded", "one=unloaded", "two=ready"]);
 }
 
+#[cfg(unix)]
+#[test]
+fn where_a_package_lies_that_is_a_link_is_not_told() {
+    let (directory, elsewhere) = (TempDir::new().unwrap(), directory());
+    let place = elsewhere.path().join("broken");
+    std::os::unix::fs::symlink(&place, directory.path().join("linked")).unwrap();
+    let server = start(&directory, |_| {});
+    let body = ask(&server, "linked").json();
+    assert!(text(&body["error"]["message"]).contains("linked/manifest.json"), "{body}");
+    assert!(!body.to_string().contains(elsewhere.path().to_str().unwrap()), "{body}");
+}
+
 #[test]
 fn a_broken_package_tells_why_and_is_tried_again() {
     let directory = directory();

@@ -2,12 +2,14 @@
 
 use std::{io::Write as _, time::Duration};
 
+use llava_phi::engine::{Engine, EngineOptions};
 use llava_phi::server::{Keys, ServerLimits, ServerOptions};
 use serde_json::json;
 use tempfile::NamedTempFile;
 
-use super::{Server, asking, engine, long, shared, with};
+use super::{MODEL, Server, asking, engine, long, shared, with};
 use crate::server::client::{Connection, request, send};
+use crate::support::{library, options, package};
 
 const PATH: &str = "/v1/chat/completions";
 const JSON: &str = "Content-Type: application/json";
@@ -131,6 +133,22 @@ fn requests_beyond_the_limit_are_told_to_come_again() {
     assert_eq!((server.get("/health").status, server.get("/v1/models").status), (200, 200));
     drop(first);
     super::until("room", || server.chat(&asking(json!({}))).status == 200);
+}
+
+#[test]
+fn more_answers_than_ever_fit_are_refused_for_good() {
+    let model = options("cpu-int4", 1);
+    let options = EngineOptions { library: library(), model, queue: Some(1), ..EngineOptions::default() };
+    let server = Server::start(&Engine::open(package(), &options).unwrap(), |_| {});
+    for path in [PATH, "/v1/completions"] {
+        let body = match path {
+            PATH => asking(json!({"n": 3})),
+            _ => json!({"model": MODEL, "prompt": ["a", "b", "c"]}),
+        };
+        let told = server.post(path, &body).refused(400, "invalid_value", Some("n"));
+        assert!(told.starts_with("3 answers are asked for and the server takes 2 at once"), "{told}");
+    }
+    assert_eq!(server.chat(&asking(json!({"n": 2}))).status, 200);
 }
 
 #[test]

@@ -110,13 +110,15 @@ fn arguments_that_let_strangers_in_or_say_nothing_are_refused() {
     check(&["--host", "0.0.0.0"], 2, &["--api-key-file", "--insecure-no-key"]);
     check(&["--host", "::"], 2, &["--api-key-file", "--insecure-no-key"]);
     check(&["--host", "0.0.0.0", "--api-key-file", empty], 2, &["holds no key"]);
-    check(&["--api-key-file", "/nowhere/keys"], 2, &["/nowhere/keys", "cannot be read"]);
+    check(&["--api-key-file", "/nowhere/keys"], 2, &["/nowhere/keys", "cannot be read", "check the path"]);
     check(&["--host", "example.com"], 2, &["127.0.0.1"]);
     check(&["--port", "99999"], 2, &["--port"]);
     check(&["--parallel", "0"], 2, &["--parallel"]);
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
-    check(&["--port", &port], 2, &["cannot be listened on"]);
+    check(&["--port", &port], 2, &["cannot be listened on", "another address or port"]);
+    check(&["--model-name", ""], 2, &["--model-name"]);
+    check(&["--max-models", "2"], 2, &["--models-dir"]);
 }
 
 #[test]

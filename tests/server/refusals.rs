@@ -193,7 +193,9 @@ fn paths_methods_and_bodies_are_checked() {
     {
         send(server.address, "POST", path, headers, "{}").refused(415, "unsupported_media_type", None);
     }
-    let typed = ["Content-Type: Application/JSON; charset=utf-8"];
+    let packed = ["Content-Type: application/json", "Content-Encoding: gzip"];
+    send(server.address, "POST", path, &packed, "{}").refused(415, "unsupported_content_encoding", None);
+    let typed = ["Content-Type: Application/JSON; charset=utf-8", "Content-Encoding: Identity"];
     let body = asking(json!({})).to_string();
     assert_eq!(send(server.address, "POST", path, &typed, &body).status, 200);
     let unknown = server.chat(&with(asking(json!({})), json!({"model": "gpt-4o"})));

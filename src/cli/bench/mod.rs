@@ -197,9 +197,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> anyhow::Result<Ex
 
     facts.context = facts.context.min(model.capacity()?);
     facts.read_of_images(&package, model.visual_tokens());
-    if let Some(report) = &facts.visual_tokens {
-        context.format().say(format_args!("notice: {report}"));
-    }
+    context.tell_visual_tokens(&facts);
     let reports = model.reports();
     let (before, after) = around(&facts)?;
     let scene = Scene { picture, file, limits: arguments.model.limits(), before, after };

@@ -228,9 +228,10 @@ fn chosen(words: &[OsString], variable: &dyn Fn(&str) -> Option<OsString>) -> Re
     match fs::read_to_string(&path) {
         Ok(text) => File::parse(path, &text).map(Some),
         Err(e) if e.kind() == io::ErrorKind::NotFound && !named => Ok(None),
-        Err(e) => {
-            Err(Error::Request(format!("configuration {}: the file cannot be read ({e})", path.display())))
-        }
+        Err(e) => Err(Error::Request(format!(
+            "configuration {}: the file cannot be read ({e}); check the path",
+            path.display()
+        ))),
     }
 }
 

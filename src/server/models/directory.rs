@@ -53,8 +53,9 @@ impl ModelsDirectory {
     /// What the directory holds, none of it open.
     pub(super) fn read(self) -> Result<Registry> {
         let path = self.path.display();
-        let failed =
-            |e: std::io::Error| Error::Request(format!("models directory {path} cannot be read ({e})"));
+        let failed = |e: std::io::Error| {
+            Error::Request(format!("models directory {path} cannot be read ({e}); check the path"))
+        };
         let mut offers = Vec::new();
         for entry in fs::read_dir(&self.path).map_err(failed)? {
             let entry = entry.map_err(failed)?;
@@ -85,15 +86,16 @@ impl ModelsDirectory {
         Ok((package, held))
     }
 
-    /// What went wrong, for clients: where files lie is not told.
-    pub(super) fn told(&self, error: &Error) -> String {
+    /// What went wrong with the model `name`, for clients: where files lie is not told.
+    pub(super) fn told(&self, name: &str, error: &Error) -> String {
         let mut text = error.to_string();
-        // The longer one first: the other may be a part of it.
-        let places = [fs::canonicalize(&self.path).ok(), Some(self.path.clone())];
-        for place in places.into_iter().flatten().map(|place| place.display().to_string()) {
-            if !place.is_empty() {
-                text = text.replace(&format!("{}/", place.trim_end_matches('/')), "");
-            }
+        // A package may be a link to elsewhere.
+        if let Ok(package) = fs::canonicalize(self.path.join(name)) {
+            text = text.replace(&package.display().to_string(), name);
+        }
+        let place = self.path.display().to_string();
+        if !place.is_empty() {
+            text = text.replace(&format!("{}/", place.trim_end_matches('/')), "");
         }
         text
     }

@@ -107,7 +107,10 @@ impl Registry {
     pub(super) fn preload(&self, names: &[String]) -> Result<()> {
         for name in names {
             let index = self.position(name).ok_or_else(|| {
-                Error::Request(format!("--preload {name}: there is no such model in the models directory"))
+                let names = self.names().join(", ");
+                Error::Request(format!(
+                    "--preload {name}: there is no such model in the models directory; there are {names}"
+                ))
             })?;
             if matches!(self.places()[index].state, State::Ready(..)) {
                 continue;
@@ -181,7 +184,7 @@ impl Registry {
                 "there is no room for model {name} now: {reason}; ask again in a while"
             ))
             .coded("model_busy"),
-            Refused::Failed(error) => failed(name, &self.told(&error)),
+            Refused::Failed(error) => failed(name, &self.told(name, &error)),
         });
         told.send_replace(Some(outcome));
     }
@@ -266,7 +269,10 @@ impl Registry {
             Err(Refused::Failed(error)) => {
                 tracing::warn!(model = self.offers[index].name, error = %error, "a model cannot be opened");
                 let retry = self.directory.as_ref().map_or(Duration::ZERO, |directory| directory.retry);
-                let failure = Failure { reason: self.told(&error), until: Instant::now() + retry };
+                let failure = Failure {
+                    reason: self.told(&self.offers[index].name, &error),
+                    until: Instant::now() + retry,
+                };
                 (State::Failed(failure), Err(Refused::Failed(error)))
             }
         };
@@ -277,8 +283,8 @@ impl Registry {
         result
     }
 
-    fn told(&self, error: &Error) -> String {
-        self.directory.as_ref().map_or_else(|| error.to_string(), |directory| directory.told(error))
+    fn told(&self, name: &str, error: &Error) -> String {
+        self.directory.as_ref().map_or_else(|| error.to_string(), |directory| directory.told(name, error))
     }
 }
 
