@@ -20,7 +20,7 @@ impl Parallel for Serial {
     }
 }
 
-#[divan::bench(args = [1, 2, 4, 8, 12, 16], consts = [4, 8], sample_count = 20)]
+#[divan::bench(args = [1, 2, 4, 8, 16, 40, 128, 640], consts = [4, 8], sample_count = 20)]
 fn rows<const BITS: usize>(bencher: Bencher<'_, '_>, rows: usize) {
     let Some(kernels) = Kernels::here() else { return };
     let bits = if BITS == 4 { Bits::Four } else { Bits::Eight };
