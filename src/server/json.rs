@@ -143,8 +143,20 @@ fn blamed<T: DeserializeOwned>(bytes: &[u8]) -> Option<ApiError> {
     members.into_iter().find_map(|(name, value)| {
         let alone = Map::from_iter([(name.clone(), value)]);
         let fault = serde_json::from_value::<T>(Value::Object(alone)).err()?;
-        Some(ApiError::value(&name, format!("{name} cannot be read: {fault}")))
+        Some(ApiError::value(&name, format!("{name} cannot be read: {}", plain(&fault.to_string()))))
     })
+}
+
+/// What serde says of a value, without Rust's names of numbers at its end.
+fn plain(fault: &str) -> String {
+    let Some((found, wanted)) = fault.rsplit_once("expected ") else { return fault.to_owned() };
+    let wanted = match wanted {
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number from 0 on",
+        "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number",
+        "f32" | "f64" => "a number",
+        other => other,
+    };
+    format!("{found}expected {wanted}")
 }
 
 /// The names of the fields of `T`.
@@ -234,7 +246,7 @@ mod tests {
         );
         assert_eq!(
             wrong["message"],
-            "temperature cannot be read: invalid type: string \"hot\", expected f32"
+            "temperature cannot be read: invalid type: string \"hot\", expected a number"
         );
     }
 
